@@ -1,0 +1,64 @@
+package vsock
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/mdlayher/vsock"
+)
+
+// Guest is an enclave's way to listen on its own ports and to reach ports of its host.
+type Guest interface {
+	Listen(port uint32) (net.Listener, error)
+	Dial(ctx context.Context, port uint32) (net.Conn, error)
+}
+
+// hostCID is the context id at which an enclave finds its parent instance (AWS Nitro Enclaves user
+// guide; VMADDR_CID_HOST, 2, is not served there).
+const hostCID = 3
+
+// NewGuest uses the hybrid sockets in HybridDir where that directory exists, and AF_VSOCK otherwise.
+// The initial ramdisk has no such directory, so only a driver that prepares the file system of its
+// enclave can choose.
+func NewGuest() (Guest, error) {
+	switch _, err := os.Stat(HybridDir); {
+	case err == nil:
+		return newHybridGuest(HybridDir)
+	case errors.Is(err, fs.ErrNotExist):
+		return afVsock{}, nil
+	default:
+		return nil, err
+	}
+}
+
+type afVsock struct{}
+
+func (afVsock) Listen(port uint32) (net.Listener, error) { return vsock.Listen(port, nil) }
+
+// Dial ignores ctx: AF_VSOCK's connect has a time-out of 2 s of its own (net/vmw_vsock/af_vsock.c).
+func (afVsock) Dial(_ context.Context, port uint32) (net.Conn, error) {
+	return vsock.Dial(hostCID, port, nil)
+}
+
+// Dial connects a host to a port of an enclave. Target is "unix://PATH" for the guest's hybrid socket
+// or "vsock://CID".
+func Dial(ctx context.Context, target string, port uint32) (net.Conn, error) {
+	switch scheme, rest, _ := strings.Cut(target, "://"); scheme {
+	case "unix":
+		return dialHybrid(ctx, rest, port)
+	case "vsock":
+		cid, err := strconv.ParseUint(rest, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("parse target %q: %w", target, err)
+		}
+		return vsock.Dial(uint32(cid), port, nil)
+	default:
+		return nil, fmt.Errorf("target %q is neither unix://PATH nor vsock://CID", target)
+	}
+}

@@ -1,0 +1,178 @@
+package vsock
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+func guest(t *testing.T) *hybridGuest {
+	t.Helper()
+	g, err := newHybridGuest(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.l.Close() })
+	return g
+}
+
+// echo serves l until it is closed.
+func echo(l net.Listener) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			io.Copy(c, c)
+		}()
+	}
+}
+
+func roundTrip(t *testing.T, c net.Conn) {
+	t.Helper()
+	defer c.Close()
+	want := bytes.Repeat([]byte("ping"), 64<<10)
+	go func() {
+		c.Write(want)
+		c.(*net.UnixConn).CloseWrite()
+	}()
+	got, err := io.ReadAll(c)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("read %d bytes, %v, want the %d bytes sent", len(got), err, len(want))
+	}
+}
+
+func TestHybridHostToGuest(t *testing.T) {
+	g := guest(t)
+	l, err := g.Listen(80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go echo(l)
+	c, err := Dial(t.Context(), "unix://"+g.path, 80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c)
+
+	if _, err := g.Listen(80); err == nil {
+		t.Error("a second listener on the same port was accepted")
+	}
+	if _, err := Dial(t.Context(), "unix://"+g.path, 81); err == nil {
+		t.Error("a port without a listener was connected")
+	}
+	l.Close()
+	if _, err := Dial(t.Context(), "unix://"+g.path, 80); err == nil {
+		t.Error("a closed port was connected")
+	}
+}
+
+func TestHybridDialHonoursContext(t *testing.T) {
+	path := t.TempDir() + "/mute"
+	l, err := net.Listen("unix", path) // accepts and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			cancel()
+			io.Copy(io.Discard, c)
+		}
+	}()
+	if _, err := Dial(ctx, "unix://"+path, 1); err == nil {
+		t.Error("a guest that does not answer was connected")
+	}
+}
+
+func TestHybridRefusesOtherPreambles(t *testing.T) {
+	g := guest(t)
+	l, _ := g.Listen(7)
+	go echo(l)
+	for _, preamble := range []string{"GET / HTTP/1.1\n", "CONNECT x\n", "CONNECT 4294967296\n", "CONNECT 7", string(bytes.Repeat([]byte("9"), 100))} {
+		c, err := net.Dial("unix", g.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write([]byte(preamble))
+		c.(*net.UnixConn).CloseWrite()
+		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		// A reset is a refusal too: the rest of a long preamble was never read.
+		if b, err := io.ReadAll(c); len(b) != 0 || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("preamble %q was answered with %q, %v", preamble, b, err)
+		}
+		c.Close()
+	}
+}
+
+func TestGuestToHost(t *testing.T) {
+	g := guest(t)
+	l, err := net.Listen("unix", HostPath(g.path, 70000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go echo(l)
+	c, err := g.Dial(t.Context(), 70000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c)
+}
+
+func TestSecret(t *testing.T) {
+	g := guest(t)
+	secret := NewSecret()
+	inner, _ := g.Listen(80)
+	l := secret.Listen(inner, 80)
+	go echo(l)
+	dial := func(ctx context.Context, port uint32) (net.Conn, error) {
+		return Dial(ctx, "unix://"+g.path, port)
+	}
+	c, err := secret.Dial(t.Context(), 80, dial)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c)
+
+	if _, err := NewSecret().Dial(t.Context(), 80, dial); !errors.Is(err, ErrProof) {
+		t.Errorf("a dialler with another secret got %v, want ErrProof", err)
+	}
+
+	// A stranger that sends whatever it likes never reaches Accept and is never echoed.
+	raw, err := dial(t.Context(), 80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Write(make([]byte, nonceSize+proofSize))
+	b, _ := io.ReadAll(raw)
+	if len(b) != nonceSize+proofSize {
+		t.Errorf("a stranger read %d bytes, want the acceptor's %d and the end", len(b), nonceSize+proofSize)
+	}
+	raw.Close()
+
+	l.Close()
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+}
+
+func TestSecretIsBoundToItsPort(t *testing.T) {
+	g := guest(t)
+	secret := NewSecret()
+	inner, _ := g.Listen(80)
+	defer secret.Listen(inner, 81).Close() // the acceptor believes that it is port 81
+	_, err := secret.Dial(t.Context(), 80, func(ctx context.Context, port uint32) (net.Conn, error) {
+		return Dial(ctx, "unix://"+g.path, port)
+	})
+	if !errors.Is(err, ErrProof) {
+		t.Errorf("got %v, want ErrProof", err)
+	}
+}

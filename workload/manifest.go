@@ -1,0 +1,213 @@
+package workload
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/gowebpki/jcs"
+)
+
+// APIVersion is the only value of Manifest.APIVersion that this version of the package accepts.
+const APIVersion = "cloister.dev/v1alpha1"
+
+// MaxManifestSize is the largest canonical manifest in bytes: what the kernel takes as one string of
+// an environment (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h).
+const MaxManifestSize = 128 << 10
+
+// DefaultPlatform is the platform of an image whose manifest names none.
+const DefaultPlatform = "linux/amd64"
+
+// Manifest is the measured description of a workload: what the author of a pod template wrote about
+// the container that runs in the enclave, and nothing that a cluster adds. A value equal to its default
+// is left out, so that equal workloads have equal manifests.
+type Manifest struct {
+	APIVersion string `json:"apiVersion"`
+	Image      Image  `json:"image"`
+	// Command replaces the image's entrypoint and, when set, its arguments too; Args replaces the
+	// image's arguments. Both are expanded with $(VAR) as the kubelet does it.
+	Command []string `json:"command,omitempty"`
+	Args    []string `json:"args,omitempty"`
+	// Env is in the author's order, which $(VAR) depends on.
+	Env        []EnvVar  `json:"env,omitempty"`
+	WorkingDir string    `json:"workingDir,omitempty"`
+	User       *User     `json:"user,omitempty"`
+	Security   *Security `json:"security,omitempty"`
+	Ports      []Port    `json:"ports,omitempty"`
+	Probes     *Probes   `json:"probes,omitempty"`
+	Mounts     []Mount   `json:"mounts,omitempty"`
+}
+
+// Image pins the workload's image.
+type Image struct {
+	// Digest is "sha256:" and 64 hexadecimal digits, of an image manifest or of an index.
+	Digest string `json:"digest"`
+	// Platform is "os/architecture", empty for DefaultPlatform; it chooses from an index.
+	Platform string `json:"platform,omitempty"`
+}
+
+// EnvVar is one literal environment variable.
+type EnvVar struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+}
+
+// User overrides the image's user. Nil fields leave the image's choice.
+type User struct {
+	UID *int64 `json:"uid,omitempty"`
+	GID *int64 `json:"gid,omitempty"`
+	// Groups are supplementary group ids, in ascending order without duplicates.
+	Groups []int64 `json:"groups,omitempty"`
+	// NonRoot refuses to start the workload as uid 0.
+	NonRoot bool `json:"nonRoot,omitempty"`
+}
+
+// Security narrows what the workload may do inside the enclave.
+type Security struct {
+	// NoNewPrivileges sets PR_SET_NO_NEW_PRIVS.
+	NoNewPrivileges bool `json:"noNewPrivileges,omitempty"`
+	// ReadOnlyRoot mounts the image read-only.
+	ReadOnlyRoot bool `json:"readOnlyRoot,omitempty"`
+	// DropCapabilities are capability names without "CAP_" in ascending order, or just "ALL".
+	DropCapabilities []string `json:"dropCapabilities,omitempty"`
+	// AddCapabilities are given back after DropCapabilities; only those of the default set.
+	AddCapabilities []string `json:"addCapabilities,omitempty"`
+}
+
+// Protocols of a Port.
+const (
+	// ProtocolHTTP is HTTP/1.1 or HTTP/2 by ALPN; the default.
+	ProtocolHTTP = "http"
+	// ProtocolTCP is a byte stream.
+	ProtocolTCP = "tcp"
+)
+
+// Port is a TCP port of the workload that clients reach through the gateway.
+type Port struct {
+	// Name is what probes may refer to.
+	Name string `json:"name,omitempty"`
+	// Port is 1 to 65535.
+	Port uint32 `json:"port"`
+	// Protocol is ProtocolTCP, or empty for ProtocolHTTP.
+	Protocol string `json:"protocol,omitempty"`
+	// Plaintext serves the port without TLS: the host reads and can change everything on it.
+	Plaintext bool `json:"plaintext,omitempty"`
+}
+
+// Probes are run inside the enclave. When and how often is decided outside.
+type Probes struct {
+	Startup   *Probe `json:"startup,omitempty"`
+	Liveness  *Probe `json:"liveness,omitempty"`
+	Readiness *Probe `json:"readiness,omitempty"`
+}
+
+// Probe has exactly one field.
+type Probe struct {
+	HTTP *HTTPProbe `json:"http,omitempty"`
+	Exec *ExecProbe `json:"exec,omitempty"`
+}
+
+// HTTPProbe is a GET to 127.0.0.1; 200 to 399 is success.
+type HTTPProbe struct {
+	// Port is a number: names are resolved when the manifest is made.
+	Port uint32 `json:"port"`
+	// Path begins with "/"; empty means "/".
+	Path string `json:"path,omitempty"`
+	// Scheme is "HTTPS" (the certificate is not verified, as the kubelet does not), or empty for HTTP.
+	Scheme string `json:"scheme,omitempty"`
+	// Headers are in the author's order; "Host" sets the request's host.
+	Headers []EnvVar `json:"headers,omitempty"`
+}
+
+// ExecProbe runs a command in the workload's file system as the workload's user; status 0 is success.
+type ExecProbe struct {
+	Command []string `json:"command"`
+}
+
+// MountTmpfs is memory of the enclave: an emptyDir that no other container shares.
+const MountTmpfs = "tmpfs"
+
+// Mount is something mounted into the workload's file system.
+type Mount struct {
+	// Path is absolute and clean.
+	Path string `json:"path"`
+	// Kind is MountTmpfs.
+	Kind string `json:"kind"`
+	// SizeLimit is in bytes; 0 means no limit but the enclave's memory.
+	SizeLimit int64 `json:"sizeLimit,omitempty"`
+	ReadOnly  bool  `json:"readOnly,omitempty"`
+}
+
+// Canonical returns the RFC 8785 (JCS) form of m, which is what is measured. It fails when m is not
+// valid or when the form is larger than MaxManifestSize.
+func (m *Manifest) Canonical() ([]byte, error) {
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	return m.canonical()
+}
+
+func (m *Manifest) canonical() ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(m); err != nil {
+		return nil, fmt.Errorf("encode workload manifest: %w", err)
+	}
+	c, err := jcs.Transform(b.Bytes())
+	if err != nil {
+		return nil, fmt.Errorf("canonicalize workload manifest: %w", err)
+	}
+	if len(c) > MaxManifestSize {
+		return nil, fmt.Errorf("the workload manifest has %d bytes, more than the %d that fit into one environment variable: shorten args, env or probes", len(c), MaxManifestSize)
+	}
+	return c, nil
+}
+
+// Parse reads a manifest that must be its own RFC 8785 form: what is measured is what is used. Unknown
+// and duplicate fields, numbers beyond 2^53 and any other byte order are refused.
+func Parse(canonical []byte) (*Manifest, error) {
+	if len(canonical) > MaxManifestSize {
+		return nil, fmt.Errorf("the workload manifest has %d bytes, at most %d are accepted", len(canonical), MaxManifestSize)
+	}
+	dec := json.NewDecoder(bytes.NewReader(canonical))
+	dec.DisallowUnknownFields()
+	var m Manifest
+	if err := dec.Decode(&m); err != nil {
+		return nil, fmt.Errorf("decode workload manifest: %w", err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("the workload manifest is followed by other data")
+	}
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	again, err := m.canonical()
+	if err != nil {
+		return nil, err
+	}
+	// A duplicate field, a default that is spelled out, another order or another spelling of a string
+	// or a number all show here.
+	if !bytes.Equal(again, canonical) {
+		return nil, errors.New("the workload manifest is not in its RFC 8785 form, so what was measured could differ from what is used")
+	}
+	return &m, nil
+}
+
+// PCR16 returns the value of PCR16 in an enclave that was given these bytes as manifest:
+// SHA384(0^48 || SHA384(canonical)), 48 bytes. The register is extended with the digest, not with the
+// manifest, so that its value can be computed from the digest alone.
+func PCR16(canonical []byte) []byte {
+	d := Digest(canonical)
+	pcr := sha512.Sum384(append(make([]byte, sha512.Size384), d...))
+	return pcr[:]
+}
+
+// Digest returns what PCR16 is extended with: the SHA-384 of the canonical manifest, 48 bytes.
+func Digest(canonical []byte) []byte {
+	d := sha512.Sum384(canonical)
+	return d[:]
+}
