@@ -1,0 +1,35 @@
+#!/bin/bash
+# Usage: cluster.sh create|delete. The kind cluster; with CLUSTER=existing nothing is done but to ask
+# the cluster of the current kubeconfig for an answer.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+use_engine
+use_cluster
+
+create() {
+  if [ "$CLUSTER" = existing ]; then
+    kubectl version >/dev/null || die "CLUSTER=existing, but the cluster of the current kubeconfig does not answer"
+    return
+  fi
+  if kind get clusters 2>/dev/null | grep -qx "$CLUSTER"; then
+    docker start "$NODE_NAME" >/dev/null # after a restart of the engine
+    kind export kubeconfig --name "$CLUSTER" --kubeconfig "$KUBECONFIG"
+  else
+    kind create cluster --name "$CLUSTER" --image "$(cat "$RUN/node-image")" --kubeconfig "$KUBECONFIG" --wait 180s
+  fi
+  # Pods are refused until the controller has made this account.
+  kubectl wait --for=condition=Ready node --all --timeout=120s
+  kubectl wait --for=create serviceaccount/default --timeout=60s
+}
+
+delete() {
+  if docker info >/dev/null 2>&1 && kind get clusters 2>/dev/null | grep -qx "$CLUSTER"; then
+    kind delete cluster --name "$CLUSTER" --kubeconfig "$KUBECONFIG"
+  fi
+  rm -f "$RUN/kubeconfig"
+}
+
+case ${1:-} in
+create) create ;;
+delete) [ "$CLUSTER" = existing ] || delete ;;
+*) die "usage: cluster.sh create|delete" ;;
+esac

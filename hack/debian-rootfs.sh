@@ -1,0 +1,16 @@
+#!/bin/bash
+# Bootstraps a small Debian bookworm root file system from the host's own package sources.
+# Usage: debian-rootfs.sh FOLDER PACKAGE,PACKAGE,...
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+target=$1 packages=$2
+sources=$RUN/bookworm.sources
+"$HACK/apt-sources.sh" bookworm >"$sources"
+mmdebstrap --mode=root --variant=minbase --include="$packages" \
+  --aptopt='APT::Install-Recommends "false"' \
+  --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+  --dpkgopt='path-exclude=/usr/share/locale/*' \
+  bookworm "$target" "$sources"
+# The result says nothing of the machine it was made on.
+rm -rf "$target"/etc/apt/sources.list "$target"/etc/apt/sources.list.d/* "$target"/var/lib/apt/lists/* \
+  "$target"/var/cache/apt/* "$target"/var/log/*.log "$target"/var/log/apt "$target"/etc/hostname "$target"/etc/resolv.conf
+: >"$target/etc/machine-id"
