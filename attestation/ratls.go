@@ -1,0 +1,284 @@
+package attestation
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"cloister.dev/cloister/internal/cbor"
+)
+
+const (
+	// ALPN is the protocol name that a client lists to be shown the attested certificate. It is a
+	// request, not a protocol: a server never selects it.
+	ALPN = "cloister/1"
+
+	// UserDataServer and UserDataClient are the exact user_data of a document in the certificate of
+	// a TLS server or client, so that neither stands in for the other or for a document of another use.
+	UserDataServer = "cloister/1 tls-server"
+	UserDataClient = "cloister/1 tls-client"
+
+	// MediaType names a Nitro attestation document inside the wrapper. None is registered; this is
+	// the one that the Veraison verifier uses.
+	MediaType = "application/aws-nitro-document"
+
+	cmwEvidence = 1 << 2 // RFC 9999: bit 2 of the indicator is "evidence"
+	maxCached   = 1024   // certificates in a Verifier's cache
+)
+
+// oidCMW is id-pe-cmw, the X.509 extension for a conceptual message wrapper (RFC 9999).
+var oidCMW = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 1, 35}
+
+// NewCertificate returns the DER of a self-signed certificate for key, which must be on P-256, that
+// carries document in its id-pe-cmw extension: the CBOR choice of RFC 9999, a record
+//
+//	["application/aws-nitro-document", document, 4]
+//
+// where 4 marks evidence. The extension is not critical, since ordinary clients must ignore it. The
+// document must attest the key's SubjectPublicKeyInfo as public_key.
+func NewCertificate(key *ecdsa.PrivateKey, document []byte, notBefore, notAfter time.Time) ([]byte, error) {
+	if key.Curve != elliptic.P256() {
+		return nil, errors.New("create attested certificate: the key is not on P-256")
+	}
+	record := cbor.AppendArray(nil, 3)
+	record = cbor.AppendText(record, MediaType)
+	record = cbor.AppendBytes(record, document)
+	record = cbor.AppendUint(record, cmwEvidence)
+	value, err := asn1.Marshal(record) // CHOICE { json UTF8String, cbor OCTET STRING }
+	if err != nil {
+		return nil, fmt.Errorf("create attested certificate: %w", err)
+	}
+	template := &x509.Certificate{
+		Subject:               pkix.Name{CommonName: "cloister"},
+		NotBefore:             notBefore,
+		NotAfter:              notAfter,
+		KeyUsage:              x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		ExtraExtensions:       []pkix.Extension{{Id: oidCMW, Value: value}},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, fmt.Errorf("create attested certificate: %w", err)
+	}
+	return der, nil
+}
+
+// DocumentFromCertificate returns the attestation document that cert carries, unverified.
+func DocumentFromCertificate(cert *x509.Certificate) ([]byte, error) {
+	for _, ext := range cert.Extensions {
+		if ext.Id.Equal(oidCMW) {
+			doc, err := unwrap(ext.Value)
+			if err != nil {
+				return nil, refuse(RuleCertificate, "the certificate's extension %s is not a wrapped Nitro document: %w", oidCMW, err)
+			}
+			return doc, nil
+		}
+	}
+	return nil, refuse(RuleCertificate, "the server showed a certificate without an attestation document (extension %s): it is not an attested enclave, or it does not know the protocol name %q", oidCMW, ALPN)
+}
+
+// unwrap reads the value of an id-pe-cmw extension.
+func unwrap(value []byte) ([]byte, error) {
+	var record []byte
+	if rest, err := asn1.Unmarshal(value, &record); err != nil {
+		return nil, err
+	} else if len(rest) > 0 {
+		return nil, fmt.Errorf("%d bytes follow the OCTET STRING", len(rest))
+	}
+	var doc []byte
+	dec := cbor.NewDecoder(record)
+	elements := 0
+	err := dec.Array(func(i int) error {
+		elements++
+		switch i {
+		case 0:
+			mediaType, err := dec.Text()
+			if err == nil && mediaType != MediaType {
+				err = fmt.Errorf("the media type is %q, not %q", mediaType, MediaType)
+			}
+			return err
+		case 1:
+			var err error
+			doc, err = dec.Bytes()
+			return err
+		case 2:
+			indicator, err := dec.Uint()
+			if err == nil && indicator != cmwEvidence {
+				err = fmt.Errorf("the indicator is %d, not %d (evidence)", indicator, cmwEvidence)
+			}
+			return err
+		}
+		return errors.New("more than 3 elements")
+	})
+	if err == nil && elements != 3 {
+		err = fmt.Errorf("%d elements, not 3", elements)
+	}
+	if err == nil {
+		err = dec.End()
+	}
+	return doc, err
+}
+
+// IsAttestedHello reports whether a TLS client asks for the attested certificate by listing ALPN.
+func IsAttestedHello(hello *tls.ClientHelloInfo) bool {
+	return slices.Contains(hello.SupportedProtos, ALPN)
+}
+
+// Verifier verifies the attested certificates of TLS connections. It remembers what it verified by
+// the certificate's digest until the document is too old or a certificate of its chain expires. It
+// is safe for concurrent use.
+type Verifier struct {
+	opts Options
+
+	mu    sync.Mutex
+	cache map[[sha256.Size]byte]verified
+}
+
+// verified is a certificate's document and the time until which it is accepted.
+type verified struct {
+	document *Document
+	until    time.Time
+}
+
+// NewVerifier returns a verifier for opts, which must have Measurements. UserData, if nil, is
+// UserDataServer; PublicKey and Now must be unset, since the connection supplies them.
+func NewVerifier(opts Options) (*Verifier, error) {
+	if err := opts.Measurements.Validate(); err != nil {
+		return nil, fmt.Errorf("create verifier: %w", err)
+	}
+	if opts.PublicKey != nil || !opts.Now.IsZero() {
+		return nil, errors.New("create verifier: public key and time come from the connection and must not be set")
+	}
+	if opts.UserData == nil {
+		opts.UserData = []byte(UserDataServer)
+	}
+	if opts.MaxAge == 0 {
+		opts.MaxAge = DefaultMaxAge
+	}
+	return &Verifier{opts: opts, cache: map[[sha256.Size]byte]verified{}}, nil
+}
+
+// ClientConfig returns a copy of base (or of an empty configuration, if nil) that connects only to
+// an attested enclave: TLS 1.3 only, ALPN added to the offer, full handshakes only, and the document
+// verified before the client sends its first byte of data. Names and certificate authorities are not
+// checked: the measurement set decides. A VerifyConnection of base runs afterwards; base.Time, if
+// set, is the clock.
+//
+// With http.Transport set ForceAttemptHTTP2 for HTTP/2; with gRPC use credentials.NewTLS.
+func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
+	config := &tls.Config{}
+	if base != nil {
+		config = base.Clone()
+	}
+	config.MinVersion, config.MaxVersion = tls.VersionTLS13, tls.VersionTLS13
+	config.SessionTicketsDisabled, config.ClientSessionCache = true, nil
+	config.NextProtos = slices.Concat(config.NextProtos, []string{ALPN})
+	config.InsecureSkipVerify = true // replaced by VerifyConnection, which sees every handshake
+	after := config.VerifyConnection
+	now := config.Time
+	if now == nil {
+		now = time.Now
+	}
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		if _, err := v.verifyConnection(state, now()); err != nil {
+			return err
+		}
+		if after != nil {
+			return after(state)
+		}
+		return nil
+	}
+	return config
+}
+
+// Document verifies an established connection and returns its document; after a handshake with
+// ClientConfig it answers from the cache.
+func (v *Verifier) Document(state tls.ConnectionState) (*Document, error) {
+	return v.verifyConnection(state, time.Now())
+}
+
+func (v *Verifier) verifyConnection(state tls.ConnectionState, now time.Time) (*Document, error) {
+	switch {
+	case state.Version != tls.VersionTLS13:
+		return nil, refuse(RuleCertificate, "the connection does not use TLS 1.3")
+	case state.DidResume:
+		return nil, refuse(RuleCertificate, "the connection resumes an older one, so the key was not proved on it")
+	case state.NegotiatedProtocol == ALPN:
+		return nil, refuse(RuleCertificate, "the server selected %q, which no enclave does", ALPN)
+	case len(state.PeerCertificates) != 1:
+		return nil, refuse(RuleCertificate, "the server showed %d certificates, but an attested one stands alone", len(state.PeerCertificates))
+	}
+	cert := state.PeerCertificates[0]
+	digest := sha256.Sum256(cert.Raw)
+	v.mu.Lock()
+	hit, ok := v.cache[digest]
+	v.mu.Unlock()
+	if ok && !now.After(hit.until) && now.Sub(hit.document.Timestamp) >= -Skew {
+		return hit.document, nil
+	}
+
+	fresh, err := v.verifyCertificate(cert, now)
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.makeRoom(now)
+	v.cache[digest] = fresh
+	return fresh.document, nil
+}
+
+// verifyCertificate checks a certificate and its document. That its key made the handshake is
+// crypto/tls's part (CertificateVerify, RFC 8446, section 4.4.3).
+func (v *Verifier) verifyCertificate(cert *x509.Certificate, now time.Time) (verified, error) {
+	doc, err := DocumentFromCertificate(cert)
+	if err != nil {
+		return verified{}, err
+	}
+	if now.Add(Skew).Before(cert.NotBefore) || now.Add(-Skew).After(cert.NotAfter) {
+		return verified{}, refuse(RuleCertificate, "the certificate is valid from %s to %s, but now is %s",
+			stamp(cert.NotBefore), stamp(cert.NotAfter), stamp(now))
+	}
+	opts := v.opts
+	opts.Now = now
+	opts.PublicKey = cert.RawSubjectPublicKeyInfo
+	document, notAfter, err := verify(bytes.Clone(doc), opts)
+	if err != nil {
+		return verified{}, err
+	}
+	if cert.NotAfter.Before(notAfter) {
+		notAfter = cert.NotAfter
+	}
+	until := notAfter.Add(Skew)
+	if limit := document.Timestamp.Add(opts.MaxAge); limit.Before(until) {
+		until = limit
+	}
+	return verified{document, until}, nil
+}
+
+// makeRoom keeps the cache bounded: it drops what has expired and, if that is not enough, all.
+func (v *Verifier) makeRoom(now time.Time) {
+	if len(v.cache) < maxCached {
+		return
+	}
+	for digest, entry := range v.cache {
+		if now.After(entry.until) {
+			delete(v.cache, digest)
+		}
+	}
+	if len(v.cache) >= maxCached {
+		clear(v.cache)
+	}
+}
