@@ -1,0 +1,102 @@
+// Package cloister holds the rules of the house: what may import what.
+package cloister
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "cloister.dev/cloister/"
+
+// binaries are the folders that are built into a program of the same name.
+var binaries = []string{"webhook", "initboot", "sidecar", "enclaved", "collector", "controller", "cloister"}
+
+// shared are the packages of a binary that others may import, because they are pure.
+var shared = []string{"webhook/inject", "webhook/annotation"}
+
+// measured must stay small and free of Kubernetes: they run inside the enclave or at a client.
+var measured = []string{"enclaved", "attestation", "eif", "workload", "internal/channel", "internal/vsock", "internal/nsm"}
+
+type goPackage struct {
+	ImportPath string
+	Standard   bool
+	Imports    []string
+	Deps       []string
+}
+
+func packages(t *testing.T) []goPackage {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Standard,Imports,Deps", "./...").Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		t.Fatalf("go list: %s", exit.Stderr)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	var list []goPackage
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p goPackage
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			return list
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, p)
+	}
+}
+
+// within tells whether p is folder or lies below it.
+func within(p, folder string) bool { return p == folder || strings.HasPrefix(p, folder+"/") }
+
+func TestImports(t *testing.T) {
+	list := packages(t)
+	if len(list) < 10 {
+		t.Fatalf("only %d packages found", len(list))
+	}
+	for _, p := range list {
+		own, ok := strings.CutPrefix(p.ImportPath, module)
+		if !ok {
+			continue
+		}
+		if base := path.Base(own); slices.Contains([]string{"util", "utils", "common", "helpers", "misc"}, base) {
+			t.Errorf("%s: a package called %q says nothing of what it holds", own, base)
+		}
+		for _, m := range measured {
+			if !within(own, m) {
+				continue
+			}
+			for _, d := range p.Deps {
+				if strings.HasPrefix(d, "k8s.io/") || strings.HasPrefix(d, "sigs.k8s.io/") {
+					t.Errorf("%s depends on %s: nothing of Kubernetes may be measured or run at a client", own, d)
+				}
+			}
+		}
+		folder, _, _ := strings.Cut(own, "/")
+		for _, i := range p.Imports {
+			other, ok := strings.CutPrefix(i, module)
+			if !ok {
+				continue
+			}
+			otherFolder, _, _ := strings.Cut(other, "/")
+			if otherFolder != folder && slices.Contains(binaries, otherFolder) && !slices.Contains(shared, other) {
+				t.Errorf("%s imports %s: a binary's packages are its own", own, other)
+			}
+		}
+		if slices.Contains(shared, own) {
+			for _, i := range p.Imports {
+				first, _, _ := strings.Cut(i, "/")
+				allowed := !strings.Contains(first, ".") || strings.HasPrefix(i, module) || i == "sigs.k8s.io/yaml" ||
+					strings.HasPrefix(i, "k8s.io/api/") || strings.HasPrefix(i, "k8s.io/apimachinery/")
+				if !allowed || slices.Contains([]string{"os", "net", "net/http", "os/exec", "io/fs"}, i) {
+					t.Errorf("%s imports %s: it must stay pure", own, i)
+				}
+			}
+		}
+	}
+}
