@@ -1,0 +1,571 @@
+package eif
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// vectors holds EIFs that AWS's library built, with their inputs and registers. They are not part
+// of the repository.
+const vectors = "../../shared/vectors/eif"
+
+func vector(t *testing.T, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(vectors, name))
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skipf("no test vectors: %s is absent", vectors)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// memFile is an io.WriteSeeker in memory.
+type memFile struct {
+	data []byte
+	pos  int64
+}
+
+func (f *memFile) Write(p []byte) (int, error) {
+	if end := f.pos + int64(len(p)); end > int64(len(f.data)) {
+		f.data = append(f.data, make([]byte, end-int64(len(f.data)))...)
+	}
+	copy(f.data[f.pos:], p)
+	f.pos += int64(len(p))
+	return len(p), nil
+}
+
+func (f *memFile) Seek(offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekStart:
+		f.pos = offset
+	case io.SeekCurrent:
+		f.pos += offset
+	default:
+		return 0, errors.New("not supported")
+	}
+	return f.pos, nil
+}
+
+// rawSection is a section of a file that assemble lays out.
+type rawSection struct {
+	typ  SectionType
+	data []byte
+}
+
+// assemble lays out a file independently of Write.
+func assemble(sections ...rawSection) []byte {
+	b := []byte(".eif")
+	b = binary.BigEndian.AppendUint16(b, 4)
+	b = binary.BigEndian.AppendUint16(b, 0)
+	b = binary.BigEndian.AppendUint64(b, 1<<30)
+	b = binary.BigEndian.AppendUint64(b, 2)
+	b = binary.BigEndian.AppendUint16(b, 0)
+	b = binary.BigEndian.AppendUint16(b, uint16(len(sections)))
+	var offsets, sizes [32]uint64
+	at := uint64(548)
+	for i, s := range sections {
+		offsets[i], sizes[i] = at, uint64(len(s.data))
+		at += 12 + sizes[i]
+	}
+	for _, v := range append(offsets[:], sizes[:]...) {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	b = binary.BigEndian.AppendUint64(b, 0) // unused, CRC
+	for _, s := range sections {
+		b = binary.BigEndian.AppendUint16(b, uint16(s.typ))
+		b = binary.BigEndian.AppendUint16(b, 0)
+		b = binary.BigEndian.AppendUint64(b, uint64(len(s.data)))
+		b = append(b, s.data...)
+	}
+	return fixCRC(b)
+}
+
+func fixCRC(b []byte) []byte {
+	crc := crc32.NewIEEE()
+	crc.Write(b[:544])
+	crc.Write(b[548:])
+	binary.BigEndian.PutUint32(b[544:], crc.Sum32())
+	return b
+}
+
+// valid is a small EIF with everything but a signature.
+func valid() []byte {
+	return assemble(
+		rawSection{SectionKernel, []byte("kernel")},
+		rawSection{SectionCmdline, []byte("reboot=k")},
+		rawSection{SectionMetadata, []byte(`{"ImageName":"a","ImageVersion":"1","BuildMetadata":{"BuildTime":"","BuildTool":"t","BuildToolVersion":"","OperatingSystem":"","KernelVersion":""},"DockerInfo":null,"CustomMetadata":null}`)},
+		rawSection{SectionRamdisk, []byte("first")},
+		rawSection{SectionRamdisk, []byte("second")},
+		rawSection{SectionRamdisk, []byte("third")},
+	)
+}
+
+// pcr computes a register from its definition.
+func pcr(parts ...string) []byte {
+	inner := sha512.Sum384([]byte(strings.Join(parts, "")))
+	outer := sha512.Sum384(append(make([]byte, 48), inner[:]...))
+	return outer[:]
+}
+
+func read(t *testing.T, b []byte) *Reader {
+	t.Helper()
+	r, err := NewReader(bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func contents(t *testing.T, s Section) string {
+	t.Helper()
+	b, err := io.ReadAll(s.Open())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestReader(t *testing.T) {
+	r := read(t, valid())
+	if r.Arch != X86_64 || r.Memory != DefaultMemory || r.CPUs != DefaultCPUs {
+		t.Errorf("header: got %s, %d bytes, %d CPUs", r.Arch, r.Memory, r.CPUs)
+	}
+	if got := contents(t, r.Kernel()); got != "kernel" {
+		t.Errorf("kernel = %q", got)
+	}
+	if got, err := r.Cmdline(); got != "reboot=k" || err != nil {
+		t.Errorf("Cmdline() = %q, %v", got, err)
+	}
+	var ramdisks []string
+	for _, s := range r.Ramdisks() {
+		ramdisks = append(ramdisks, contents(t, s))
+	}
+	if diff := cmp.Diff([]string{"first", "second", "third"}, ramdisks); diff != "" {
+		t.Errorf("ramdisks (-want +got):\n%s", diff)
+	}
+	if m, err := r.Metadata(); err != nil || m.ImageName != "a" || m.BuildMetadata.BuildTool != "t" {
+		t.Errorf("Metadata() = %+v, %v", m, err)
+	}
+	if len(r.Sections()) != 6 {
+		t.Errorf("got %d sections, want 6", len(r.Sections()))
+	}
+}
+
+func TestMeasure(t *testing.T) {
+	tests := map[string]struct {
+		ramdisks []string
+		want     Measurements
+	}{
+		"no ramdisk": {
+			want: Measurements{PCR0: pcr("k", "c"), PCR1: pcr("k", "c"), PCR2: pcr()},
+		},
+		"one ramdisk: PCR0 is PCR1": {
+			ramdisks: []string{"one"},
+			want:     Measurements{PCR0: pcr("k", "c", "one"), PCR1: pcr("k", "c", "one"), PCR2: pcr()},
+		},
+		"three ramdisks": {
+			ramdisks: []string{"one", "two", "three"},
+			want:     Measurements{PCR0: pcr("k", "c", "one", "two", "three"), PCR1: pcr("k", "c", "one"), PCR2: pcr("two", "three")},
+		},
+		"an empty first ramdisk": {
+			ramdisks: []string{"", "two"},
+			want:     Measurements{PCR0: pcr("k", "c", "two"), PCR1: pcr("k", "c"), PCR2: pcr("two")},
+		},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			img := Image{Arch: X86_64, Kernel: strings.NewReader("k"), Cmdline: "c"}
+			sections := []rawSection{{SectionKernel, []byte("k")}, {SectionCmdline, []byte("c")}}
+			for _, r := range tc.ramdisks {
+				img.Ramdisks = append(img.Ramdisks, strings.NewReader(r))
+				sections = append(sections, rawSection{SectionRamdisk, []byte(r)})
+			}
+			got, err := read(t, assemble(sections...)).Measure()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(&tc.want, got); diff != "" {
+				t.Errorf("Measure (-want +got):\n%s", diff)
+			}
+			var f memFile
+			written, err := Write(&f, img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(&tc.want, written); diff != "" {
+				t.Errorf("Write (-want +got):\n%s", diff)
+			}
+			if !bytes.Equal(f.data, assemble(sections...)) {
+				t.Error("Write makes other bytes than the test's own layout")
+			}
+		})
+	}
+}
+
+// TestEmptyPCR2 pins the register of "no second ramdisk", which AWS's tools print.
+func TestEmptyPCR2(t *testing.T) {
+	const want = "21b9efbc184807662e966d34f390821309eeac6802309798826296bf3e8bec7c10edb30948c90ba67310f7b964fc500a"
+	if got := hex.EncodeToString(newMeasurer().measurements().PCR2); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestMeasurementsJSON(t *testing.T) {
+	tests := map[string]struct {
+		m    Measurements
+		want string
+	}{
+		"unsigned": {Measurements{PCR0: []byte{0xab}, PCR1: []byte{1}, PCR2: []byte{2}},
+			`{"HashAlgorithm":"Sha384 { ... }","PCR0":"ab","PCR1":"01","PCR2":"02"}`},
+		"signed": {Measurements{PCR0: []byte{0xab}, PCR1: []byte{1}, PCR2: []byte{2}, PCR8: []byte{8}},
+			`{"HashAlgorithm":"Sha384 { ... }","PCR0":"ab","PCR1":"01","PCR2":"02","PCR8":"08"}`},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			got, err := json.Marshal(tc.m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got) != tc.want {
+				t.Errorf("got  %s\nwant %s", got, tc.want)
+			}
+		})
+	}
+}
+
+func TestReaderRefuses(t *testing.T) {
+	kernel := rawSection{SectionKernel, []byte("kernel")}
+	cmdline := rawSection{SectionCmdline, []byte("cmdline")}
+	ramdisk := rawSection{SectionRamdisk, []byte("ramdisk")}
+	const offsets, sizes = 28, 28 + 32*8
+	put16 := func(at int, v uint16) func([]byte) []byte {
+		return func(b []byte) []byte { binary.BigEndian.PutUint16(b[at:], v); return fixCRC(b) }
+	}
+	put64 := func(at int, v uint64) func([]byte) []byte {
+		return func(b []byte) []byte { binary.BigEndian.PutUint64(b[at:], v); return fixCRC(b) }
+	}
+	plain := func(b []byte) []byte { return b }
+	tests := map[string]struct {
+		file   []byte
+		change func([]byte) []byte
+		want   string
+	}{
+		"empty file":           {nil, plain, "0 bytes, fewer than"},
+		"cut in the header":    {valid(), func(b []byte) []byte { return b[:547] }, "fewer than the 548"},
+		"magic":                {valid(), func(b []byte) []byte { b[0] = 'E'; return fixCRC(b) }, "it is no EIF"},
+		"version 3":            {valid(), put16(4, 3), "version is 3"},
+		"version 5":            {valid(), put16(4, 5), "version is 5"},
+		"header flags":         {valid(), put16(6, 2), "unknown flags 0x0002"},
+		"reserved":             {valid(), put16(24, 1), "reserved field"},
+		"unused":               {valid(), func(b []byte) []byte { b[540] = 1; return fixCRC(b) }, "reserved field"},
+		"no sections":          {valid(), put16(26, 0), "lists 0 sections"},
+		"one section":          {valid(), put16(26, 1), "lists 1 sections"},
+		"33 sections":          {valid(), put16(26, 33), "lists 33 sections"},
+		"65535 sections":       {valid(), put16(26, 65535), "lists 65535 sections"},
+		"fewer than listed":    {valid(), put16(26, 5), "place 6 of its table is in use"},
+		"more than listed":     {valid(), put16(26, 7), "section 7 of 7: it starts at byte 0"},
+		"offset in the header": {valid(), put64(offsets, 0), "starts at byte 0"},
+		"overlap":              {valid(), put64(offsets+8, 548), "overlap"},
+		"gap":                  {valid(), put64(offsets+8, 600), "gaps"},
+		"offset wraps":         {valid(), put64(offsets+8, 1<<64-4), "starts at byte 18446744073709551612"},
+		"size beyond the file": {valid(), put64(sizes, 1<<20), "do not fit into the file"},
+		"size wraps":           {valid(), put64(sizes, 1<<64-1), "do not fit into the file"},
+		"size 4 GiB":           {valid(), put64(sizes, 4<<30), "do not fit into the file"},
+		"size differs":         {valid(), put64(sizes, 5), "says that it has 6 bytes, but the header says 5"},
+		"section type 0":       {assemble(kernel, cmdline, rawSection{0, nil}), plain, "unknown type 0"},
+		"section type 6":       {assemble(kernel, cmdline, rawSection{6, nil}), plain, "unknown type 6"},
+		"section flags":        {valid(), func(b []byte) []byte { b[551] = 1; return fixCRC(b) }, "kernel section has unknown flags"},
+		"trailing bytes":       {valid(), func(b []byte) []byte { return fixCRC(append(b, 0)) }, "1 bytes follow"},
+		"unlisted section": {valid(), func(b []byte) []byte {
+			return fixCRC(append(append(b, encodeSectionHeader(SectionRamdisk, 4)...), "evil"...))
+		}, "16 bytes follow the last section"},
+		"cut in a section":   {valid(), func(b []byte) []byte { return b[:len(b)-1] }, "do not fit into the file"},
+		"no kernel":          {assemble(cmdline, ramdisk), plain, "no kernel section"},
+		"two kernels":        {assemble(kernel, cmdline, kernel), plain, "2 kernel sections"},
+		"no cmdline":         {assemble(kernel, ramdisk), plain, "no cmdline section"},
+		"two cmdlines":       {assemble(kernel, cmdline, cmdline), plain, "2 cmdline sections"},
+		"two metadata":       {assemble(kernel, cmdline, rawSection{SectionMetadata, nil}, rawSection{SectionMetadata, nil}), plain, "2 metadata sections"},
+		"two signatures":     {assemble(kernel, cmdline, rawSection{SectionSignature, nil}, rawSection{SectionSignature, nil}), plain, "2 signature sections"},
+		"empty kernel":       {assemble(rawSection{SectionKernel, nil}, cmdline), plain, "kernel is empty"},
+		"checksum":           {valid(), func(b []byte) []byte { b[544]++; return b }, "the file is damaged"},
+		"one byte of kernel": {valid(), func(b []byte) []byte { b[560]++; return b }, "the file is damaged"},
+		"default memory":     {valid(), func(b []byte) []byte { b[15]++; return b }, "the file is damaged"},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			b := tc.change(tc.file)
+			_, err := NewReader(bytes.NewReader(b), int64(len(b)))
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got error %v, want one with %q", err, tc.want)
+			}
+		})
+	}
+}
+
+// TestReaderLimits checks the sections that are read into memory.
+func TestReaderLimits(t *testing.T) {
+	b := assemble(
+		rawSection{SectionKernel, []byte("kernel")},
+		rawSection{SectionCmdline, make([]byte, maxCmdline+1)},
+		rawSection{SectionMetadata, make([]byte, maxMetadata+1)},
+		rawSection{SectionSignature, make([]byte, maxSignature+1)},
+	)
+	r := read(t, b)
+	if _, err := r.Cmdline(); err == nil {
+		t.Error("Cmdline() accepts more than its limit")
+	}
+	if _, err := r.Metadata(); err == nil {
+		t.Error("Metadata() accepts more than its limit")
+	}
+	if _, err := r.Measure(); err == nil {
+		t.Error("Measure() accepts a signature section above the limit")
+	}
+}
+
+// TestReaderMemory feeds small files that claim huge sizes.
+func TestReaderMemory(t *testing.T) {
+	b := valid()
+	binary.BigEndian.PutUint64(b[28+32*8:], 4<<30)
+	binary.BigEndian.PutUint64(b[552:], 4<<30)
+	fixCRC(b)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if _, err := NewReader(bytes.NewReader(b), int64(len(b))); err == nil {
+		t.Fatal("accepted")
+	}
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; got > 1<<20 {
+		t.Errorf("allocated %d bytes for a file of %d", got, len(b))
+	}
+}
+
+// TestStreaming writes and reads a ramdisk far larger than the memory that it may take.
+func TestStreaming(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "big.eif"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	source, err := os.CreateTemp(t.TempDir(), "ramdisk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	const size = 32 << 20
+	if err := source.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	img := Image{Arch: AArch64, Kernel: strings.NewReader("k"), Cmdline: "c",
+		Ramdisks: []Data{strings.NewReader("init"), io.NewSectionReader(source, 0, size)}}
+
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	written, err := Write(f, img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := Open(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	measured, err := r.Measure()
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; got > 4<<20 {
+		t.Errorf("allocated %d bytes for a ramdisk of %d", got, size)
+	}
+	if diff := cmp.Diff(written, measured); diff != "" {
+		t.Errorf("Write and Measure differ (-write +measure):\n%s", diff)
+	}
+	if r.Arch != AArch64 {
+		t.Errorf("Arch = %q, want aarch64", r.Arch)
+	}
+}
+
+func TestWriteRefuses(t *testing.T) {
+	good := func() Image { return Image{Arch: X86_64, Kernel: strings.NewReader("k"), Cmdline: "c"} }
+	tests := map[string]struct {
+		change func(*Image)
+		want   string
+	}{
+		"no architecture":   {func(i *Image) { i.Arch = "" }, "architecture"},
+		"no kernel":         {func(i *Image) { i.Kernel = nil }, "kernel is missing"},
+		"empty kernel":      {func(i *Image) { i.Kernel = strings.NewReader("") }, "kernel is missing"},
+		"30 ramdisks":       {func(i *Image) { i.Ramdisks = make([]Data, 30) }, "at most 29 fit"},
+		"long cmdline":      {func(i *Image) { i.Cmdline = strings.Repeat("x", maxCmdline+1) }, "command line has 65537 bytes"},
+		"bad metadata":      {func(i *Image) { i.Metadata = &Metadata{CustomMetadata: json.RawMessage("{")} }, "CustomMetadata"},
+		"double metadata":   {func(i *Image) { i.Metadata = &Metadata{DockerInfo: json.RawMessage("1 2")} }, "DockerInfo: data follows"},
+		"large metadata":    {func(i *Image) { i.Metadata = &Metadata{ImageName: strings.Repeat("x", maxMetadata)} }, "metadata has"},
+		"ramdisk too short": {func(i *Image) { i.Ramdisks = []Data{shortData{strings.NewReader("x")}} }, "ramdisk: unexpected EOF"},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			img := good()
+			tc.change(&img)
+			_, err := Write(&memFile{}, img)
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got error %v, want one with %q", err, tc.want)
+			}
+		})
+	}
+}
+
+// shortData ends before its size.
+type shortData struct{ *strings.Reader }
+
+func (shortData) Size() int64 { return 10 }
+
+func TestWriteTrimsCmdline(t *testing.T) {
+	var a, b memFile
+	if _, err := Write(&a, Image{Arch: X86_64, Kernel: strings.NewReader("k"), Cmdline: " a b\n\t"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Write(&b, Image{Arch: X86_64, Kernel: strings.NewReader("k"), Cmdline: "a b"}); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(a.data, b.data) {
+		t.Error("white space at the ends of the command line is written")
+	}
+}
+
+func TestMaxRamdisks(t *testing.T) {
+	img := Image{Arch: X86_64, Kernel: strings.NewReader("k"), Cmdline: "c", Metadata: &Metadata{}}
+	for range MaxRamdisks {
+		img.Ramdisks = append(img.Ramdisks, strings.NewReader("r"))
+	}
+	var f memFile
+	if _, err := Write(&f, img); err != nil {
+		t.Fatal(err)
+	}
+	if got := len(read(t, f.data).Ramdisks()); got != 29 {
+		t.Errorf("got %d ramdisks, want 29", got)
+	}
+}
+
+func TestMetadataEncode(t *testing.T) {
+	tests := map[string]struct {
+		custom, want string
+	}{
+		"absent":            {"", "null"},
+		"keys sorted":       {`{"b":1,"a":{"d":[],"c":{}}}`, `{"a":{"c":{},"d":[]},"b":1}`},
+		"spaces":            {` [ 1 , true , null , "x" ] `, `[1,true,null,"x"]`},
+		"no HTML escapes":   {`"<a&b>\u2028é\/"`, "\"<a&b>\u2028é/\""},
+		"control":           {`"\u0000\b\f\n\r\t\u001f\u007f\"\\"`, `"\u0000\b\f\n\r\t\u001f` + "\x7f" + `\"\\"`},
+		"integers":          {`[0,-1,9223372036854775807,18446744073709551615]`, `[0,-1,9223372036854775807,18446744073709551615]`},
+		"beyond 64 bits":    {`18446744073709551616`, `1.8446744073709552e19`},
+		"fractions":         {`[1.5,1.0,-0.0,-0,1e2,0.1]`, `[1.5,1.0,-0.0,-0.0,100.0,0.1]`},
+		"large":             {`[1e15,1e16,123456789012345680000.0,1.5e300]`, `[1000000000000000.0,1e16,1.2345678901234568e20,1.5e300]`},
+		"small":             {`[0.00001,0.000001,1.5e-7]`, `[0.00001,1e-6,1.5e-7]`},
+		"a name is escaped": {`{"a\"b":1}`, `{"a\"b":1}`},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			m := Metadata{ImageName: "n", ImageVersion: "v", CustomMetadata: json.RawMessage(tc.custom),
+				BuildMetadata: BuildMetadata{"2024-01-02T03:04:05+00:00", "tool", "1.0", "Linux", "6.1"}}
+			got, err := m.encode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := `{"ImageName":"n","ImageVersion":"v","BuildMetadata":{"BuildTime":"2024-01-02T03:04:05+00:00","BuildTool":"tool",` +
+				`"BuildToolVersion":"1.0","OperatingSystem":"Linux","KernelVersion":"6.1"},"DockerInfo":null,"CustomMetadata":` + tc.want + `}`
+			if got != want {
+				t.Errorf("got  %s\nwant %s", got, want)
+			}
+		})
+	}
+}
+
+// TestVectors compares with what AWS's library built from the same inputs: registers of all files
+// and the bytes of the unsigned ones.
+func TestVectors(t *testing.T) {
+	for _, name := range []string{"two_ramdisks", "metadata", "signed_p384"} {
+		t.Run(name, func(t *testing.T) {
+			file := vector(t, name+".eif")
+			var want struct{ PCR0, PCR1, PCR2, PCR8 string }
+			if err := json.Unmarshal(vector(t, name+".pcrs.json"), &want); err != nil {
+				t.Fatal(err)
+			}
+			r := read(t, file)
+			got, err := r.Measure()
+			if err != nil {
+				t.Fatal(err)
+			}
+			hexed := struct{ PCR0, PCR1, PCR2, PCR8 string }{hex.EncodeToString(got.PCR0), hex.EncodeToString(got.PCR1),
+				hex.EncodeToString(got.PCR2), hex.EncodeToString(got.PCR8)}
+			if diff := cmp.Diff(want, hexed); diff != "" {
+				t.Errorf("registers (-AWS +ours):\n%s", diff)
+			}
+			if name == "signed_p384" {
+				return
+			}
+
+			metadata, err := r.Metadata()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if name == "metadata" { // the builder got the file, not its sorted form
+				metadata.CustomMetadata = vector(t, "inputs/metadata.json")
+			}
+			var f memFile
+			_, err = Write(&f, Image{
+				Arch:     X86_64,
+				Kernel:   bytes.NewReader(vector(t, "inputs/bzImage")),
+				Cmdline:  string(vector(t, "inputs/cmdline.txt")) + "\n",
+				Metadata: metadata,
+				Ramdisks: []Data{bytes.NewReader(vector(t, "inputs/rd1.cpio.gz")), bytes.NewReader(vector(t, "inputs/rd2.cpio.gz"))},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(f.data, file) {
+				t.Errorf("Write makes %d bytes that differ from AWS's %d", len(f.data), len(file))
+			}
+		})
+	}
+}
+
+func FuzzReader(f *testing.F) {
+	f.Add(valid())
+	f.Add(assemble(rawSection{SectionKernel, []byte("k")}, rawSection{SectionCmdline, nil}))
+	f.Add(signedEIF(f, p384, func(*signedParts) {}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= headerSize {
+			fixCRC(b) // or hardly any input would pass
+		}
+		r, err := NewReader(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
+			return
+		}
+		total := int64(headerSize)
+		for _, s := range r.Sections() {
+			total += sectionHeaderSize + s.Size
+			contents(t, s)
+		}
+		if total != int64(len(b)) {
+			t.Errorf("%d bytes are listed, but the file has %d", total, len(b))
+		}
+		r.Cmdline()
+		r.Metadata()
+		if m, err := r.Measure(); err == nil && (len(m.PCR0) != 48 || len(m.PCR1) != 48 || len(m.PCR2) != 48) {
+			t.Errorf("registers of wrong length: %+v", m)
+		}
+	})
+}
