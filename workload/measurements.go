@@ -269,9 +269,9 @@ type Mismatch struct {
 func (m Mismatch) String() string {
 	seen := m.Seen
 	if seen == "" {
-		seen = "not in the document"
+		seen = "none (not in the document)"
 	}
-	return fmt.Sprintf("PCR%d: expected %s, seen %s", m.PCR, m.Expected, seen)
+	return fmt.Sprintf("PCR%d expected %s, seen %s", m.PCR, m.Expected, seen)
 }
 
 // MismatchError says that no entry of a measurement set matches, and how the closest one (the one
