@@ -11,7 +11,7 @@ create() {
     return
   fi
   if kind get clusters 2>/dev/null | grep -qx "$CLUSTER"; then
-    docker start "$NODE_NAME" >/dev/null # after a restart of the engine
+    docker start "$CLUSTER-control-plane" >/dev/null # after a restart of the engine
     kind export kubeconfig --name "$CLUSTER" --kubeconfig "$KUBECONFIG"
   else
     kind create cluster --name "$CLUSTER" --image "$(cat "$RUN/node-image")" --kubeconfig "$KUBECONFIG" --wait 180s

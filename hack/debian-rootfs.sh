@@ -1,11 +1,11 @@
 #!/bin/bash
 # Bootstraps a small Debian bookworm root file system from the host's own package sources.
-# Usage: debian-rootfs.sh FOLDER PACKAGE,PACKAGE,...
+# Usage: debian-rootfs.sh VARIANT FOLDER PACKAGE,PACKAGE,...   (VARIANT: mmdebstrap's minbase, essential, ...)
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-target=$1 packages=$2
+variant=$1 target=$2 packages=$3
 sources=$RUN/bookworm.sources
 "$HACK/apt-sources.sh" bookworm >"$sources"
-mmdebstrap --mode=root --variant=minbase --include="$packages" \
+mmdebstrap --mode=root --variant="$variant" --include="$packages" \
   --aptopt='APT::Install-Recommends "false"' \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
   --dpkgopt='path-exclude=/usr/share/locale/*' \

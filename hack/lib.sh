@@ -6,6 +6,8 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 HACK=$REPO/hack
 # shellcheck source=hack/versions.env
 . "$HACK/versions.env"
+# CLUSTER=existing takes the kind cluster of the current kubeconfig instead of making one.
+CLUSTER=${CLUSTER:-cloister}
 
 # Everything that the scripts download or build lies in one folder of the user.
 CACHE=${CLOISTER_CACHE:-$HOME/.cache/cloister}
@@ -16,7 +18,6 @@ SHARED=$REPO/../shared/cache
 
 export CGO_ENABLED=0 GOFLAGS="-buildvcs=false -mod=mod"
 export PATH=$BIN:/usr/sbin:/sbin:$PATH
-NODE_NAME=$CLUSTER-control-plane
 OWN_SOCKET=$RUN/docker.sock
 
 # use_engine points docker at the engine that answers: the user's own, else the one that
@@ -27,10 +28,19 @@ use_engine() {
   fi
 }
 
-# use_cluster points kubectl at the kind cluster; CLUSTER=existing means the current kubeconfig.
+# use_cluster points kubectl at the cluster and sets KIND_CLUSTER to kind's name for it.
 use_cluster() {
-  [ "$CLUSTER" = existing ] || export KUBECONFIG=$RUN/kubeconfig
+  KIND_CLUSTER=$CLUSTER
+  if [ "$CLUSTER" = existing ]; then
+    KIND_CLUSTER=$(kubectl config current-context 2>/dev/null | sed -n 's/^kind-//p')
+    [ -n "$KIND_CLUSTER" ] || die "CLUSTER=existing needs a kind cluster in the current kubeconfig: images are loaded into its nodes"
+  else
+    export KUBECONFIG=$RUN/kubeconfig
+  fi
 }
+
+# kind_node COMMAND...: runs a command in the cluster's node.
+kind_node() { docker exec "$KIND_CLUSTER-control-plane" "$@"; }
 
 # step WHAT HINT COMMAND...: runs a command with its output in a log file and prints one line with
 # the result and the time; a failure shows the end of the log and what to do.
@@ -55,5 +65,19 @@ die() {
   exit 1
 }
 
-# sum FILE...: one short hash of the contents.
-sum() { cat "$@" | sha256sum | cut -c1-12; }
+# forward NAMESPACE TARGET PORT: sets FORWARD to a loopback address that leads to the port, until the
+# script ends.
+forward() {
+  local out=$RUN/forward.$$
+  kubectl -n "$1" port-forward --address 127.0.0.1 "$2" ":$3" >"$out" 2>&1 &
+  # shellcheck disable=SC2064
+  trap "kill $! 2>/dev/null || true; rm -f '$out'" EXIT
+  for _ in $(seq 100); do
+    FORWARD=$(sed -nE 's/^Forwarding from (127\.0\.0\.1:[0-9]+) .*/\1/p' "$out")
+    [ -z "$FORWARD" ] || return 0
+    kill -0 $! 2>/dev/null || break
+    sleep 0.1
+  done
+  cat "$out"
+  die "kubectl port-forward to $2 in namespace $1 failed"
+}

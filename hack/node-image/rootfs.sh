@@ -7,7 +7,7 @@ packages=systemd,conntrack,iptables,nftables,iproute2,ethtool,util-linux,mount,k
 kind=$(module_dir sigs.k8s.io/kind "$KIND_VERSION")/images/base/files
 if [ ! -e "$ROOTFS/.complete" ]; then
   rm -rf "$ROOTFS"
-  "$HACK/debian-rootfs.sh" "$ROOTFS" "$packages"
+  "$HACK/debian-rootfs.sh" minbase "$ROOTFS" "$packages"
 fi
 # Files of the module cache are read-only: the modes are set here.
 cd "$ROOTFS"

@@ -1,0 +1,90 @@
+#!/bin/bash
+# Usage: images.sh [NAME...]. Builds our images, all or the named ones, and loads those into the
+# cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
+# one NAME_IMAGE=reference a line.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+use_engine
+use_cluster
+cd "$REPO"
+go build -o "$BIN/mkimage" ./hack/mkimage
+
+# binary OUTPUT PACKAGE [FLAG...]: a static, reproducible binary.
+binary() {
+  local output=$1 package=$2
+  shift 2
+  go build -trimpath -ldflags "-s -w -buildid=" "$@" -o "$OUT/$output" "./$package"
+}
+
+# image NAME FILE... -- MKIMAGE-FLAG...: the image cloister.dev/NAME; FILEs are what it is made of.
+image() {
+  local name=$1 files=() tag ref archive
+  shift
+  while [ "$1" != -- ]; do
+    files+=("$1")
+    shift
+  done
+  shift
+  tag=dev-$({ cat "${files[@]}" "$BIN/mkimage"; echo "$*"; } | sha256sum | cut -c1-12)
+  ref=cloister.dev/$name:$tag
+  if ! grep -qxF "$ref" <<<"$present"; then
+    archive=$OUT/$name.tar
+    mkimage -o "$archive" -t "$ref" "$@"
+    kind load image-archive "$archive" --name "$KIND_CLUSTER"
+    rm -f "$archive"
+  fi
+  echo "$ref"
+  local key=${name^^}
+  key=${key//-/_}_IMAGE
+  touch "$OUT/images.env"
+  sed -i "/^$key=/d" "$OUT/images.env"
+  echo "$key=$ref" >>"$OUT/images.env"
+}
+
+# The image of every part. The release initboot knows no development NSM; the -dev one holds the
+# development key, so it must never leave this machine.
+initboot() {
+  binary initboot initboot
+  "$HACK/base-eif.sh"
+  image initboot "$OUT"/{initboot,base.eif} -- \
+    --add "$OUT/initboot:/initboot" --add "$OUT/base.eif:/base.eif" --entrypoint '["/initboot"]'
+}
+initboot-dev() {
+  binary initboot-dev initboot -tags devnsm
+  "$HACK/base-eif.sh"
+  "$HACK/dev-root.sh"
+  image initboot-dev "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem -- \
+    --add "$OUT/initboot-dev:/initboot" --add "$OUT/base-dev.eif:/base.eif" \
+    --add "$CACHE/dev-root/key.pem:/etc/cloister/dev/key.pem:600" --add "$CACHE/dev-root/root.pem:/etc/cloister/dev/root.pem" \
+    --entrypoint '["/initboot"]'
+}
+sidecar() {
+  binary sidecar sidecar
+  "$HACK/envoy.sh"
+  image sidecar "$OUT"/{sidecar,envoy} "$OUT"/envoy-libs/* -- --user 65532:65532 \
+    --add "$OUT/sidecar:/sidecar" --add "$OUT/envoy:/envoy" \
+    --add "$OUT/envoy-libs:/lib/x86_64-linux-gnu" --add "$OUT/envoy-libs/ld-linux-x86-64.so.2:/lib64/ld-linux-x86-64.so.2" \
+    --entrypoint '["/sidecar"]'
+}
+webhook() {
+  binary webhook webhook
+  image webhook "$OUT/webhook" -- --user 65532:65532 --add "$OUT/webhook:/webhook" --entrypoint '["/webhook"]'
+}
+registry() {
+  binary registry hack/registry
+  image registry "$OUT/registry" -- --user 65532:65532 --add "$OUT/registry:/registry" --entrypoint '["/registry"]'
+}
+# What the end-to-end tests run inside the cluster.
+tools() {
+  local b adds=() files=()
+  for b in $TOOLS; do
+    binary "tools-${b##*/}" "$b"
+    files+=("$OUT/tools-${b##*/}")
+    adds+=(--add "$OUT/tools-${b##*/}:/${b##*/}")
+  done
+  image tools "${files[@]}" -- --user 65532:65532 "${adds[@]}" --entrypoint '["/cloister"]'
+}
+
+present=$(kind_node ctr -n k8s.io images ls -q)
+for name in "${@:-initboot initboot-dev sidecar webhook registry tools}"; do
+  for n in $name; do $n; done
+done

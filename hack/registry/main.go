@@ -1,0 +1,53 @@
+// Registry is a small OCI registry for development clusters: plain HTTP on :5000, nobody logs in,
+// blobs in a folder, manifests in memory (whoever deploys the sample pushes it again after a restart).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/registry"
+)
+
+func main() {
+	address := flag.String("listen", ":5000", "`address` to serve on")
+	blobs := flag.String("blobs", "/blobs", "`folder` of the blobs")
+	flag.Parse()
+	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)))
+	if err := serve(*address, *blobs); err != nil {
+		slog.Error("registry ended", "error", err)
+		os.Exit(1)
+	}
+}
+
+// serve answers until SIGTERM, then lets running transfers end.
+func serve(address, blobs string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	server := &http.Server{
+		Addr:              address,
+		Handler:           registry.New(registry.WithBlobHandler(registry.NewDiskBlobHandler(blobs))),
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- server.ListenAndServe() }()
+	slog.Info("serving", "address", address)
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	drain, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := server.Shutdown(drain); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil
+}
