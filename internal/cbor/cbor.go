@@ -85,6 +85,9 @@ func (d *Decoder) head() (major byte, arg uint64, indef bool, err error) {
 	for _, b := range d.rest[1 : 1+n] {
 		arg = arg<<8 | uint64(b)
 	}
+	if major == majorSimple && info == 24 && arg < 32 {
+		return 0, 0, false, fmt.Errorf("simple value %d is not encoded in one byte", arg)
+	}
 	d.rest = d.rest[1+n:]
 	return major, arg, false, nil
 }
