@@ -1,0 +1,267 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"cloister.dev/cloister/internal/podsock"
+	"cloister.dev/cloister/internal/vsock"
+	"cloister.dev/cloister/sidecar/envoy"
+	"cloister.dev/cloister/sidecar/relay"
+	"cloister.dev/cloister/sidecar/xds"
+)
+
+const (
+	adminTimeout = 900 * time.Millisecond // less than the kubelet's shortest time-out of a probe, 1 s
+
+	// On SIGTERM: how long connections that are still open may go on, and how long Envoy may take.
+	// When the kubelet sends it, the workload has ended and there are none.
+	leaveTimeout = 5 * time.Second
+	stopTimeout  = 5 * time.Second
+)
+
+// config is where the sidecar finds what it works with.
+type config struct {
+	ports       []uint16
+	podSocket   string
+	dir         string // on tmpfs
+	envoyBinary string
+	readyAddr   string // TCP address of /ready
+	envoyLog    io.Writer
+}
+
+func defaults() config {
+	return config{
+		podSocket:   "/run/cloister/pod.sock",
+		dir:         "/run/cloister-sidecar",
+		envoyBinary: "/envoy",
+		readyAddr:   ":14022",
+		envoyLog:    os.Stderr,
+	}
+}
+
+func envoyDir(dir string) string { return filepath.Join(dir, "envoy") }
+
+// sidecar is the state that the parts share.
+type sidecar struct {
+	log   *slog.Logger
+	ports []uint16
+	relay *relay.Relay
+	xds   *xds.Server
+	admin *envoy.Admin
+
+	mu       sync.Mutex
+	phase    podsock.EnclaveState_Phase
+	stopping bool
+}
+
+// run serves until ctx ends, and then returns nil, or until a part fails.
+func run(ctx context.Context, log *slog.Logger, c config) (err error) {
+	relayDir := filepath.Join(c.dir, "relay")
+	r, err := relay.Listen(relayDir, c.ports)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	var routes []xds.Route
+	for _, port := range c.ports {
+		routes = append(routes, xds.Route{Port: port, Socket: relay.SocketPath(relayDir, port)})
+	}
+	x, err := xds.NewServer(log, routes, listenAddress())
+	if err != nil {
+		return err
+	}
+	defer x.Stop()
+	failed := make(chan error, 2)
+	xdsSocket := filepath.Join(c.dir, "xds.sock")
+	l, err := listenUnix(xdsSocket)
+	if err != nil {
+		return err
+	}
+	go func() { failed <- x.Serve(l) }()
+
+	p, err := envoy.Start(envoy.Config{
+		Binary:      c.envoyBinary,
+		Dir:         envoyDir(c.dir),
+		NodeID:      xds.NodeID,
+		XDSSocket:   xdsSocket,
+		Concurrency: envoy.Concurrency(),
+		Log:         c.envoyLog,
+	})
+	if err != nil {
+		return err
+	}
+	defer p.Stop(stopTimeout)
+
+	s := &sidecar{log: log, ports: c.ports, relay: r, xds: x, admin: envoy.NewAdmin(envoy.AdminSocket(envoyDir(c.dir)))}
+	h := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 5 * time.Second}
+	hl, err := net.Listen("tcp", c.readyAddr)
+	if err != nil {
+		return fmt.Errorf("listen for probes: %w", err)
+	}
+	defer h.Close()
+	go func() { failed <- h.Serve(hl) }()
+
+	watching, endWatch := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { watch(watching, log, c.podSocket, s.apply) })
+	defer wg.Wait()
+	defer endWatch()
+
+	select {
+	case <-p.Done():
+		return fmt.Errorf("Envoy ended by itself (%w): its last log lines say why, and the kubelet starts both again", exitError(p.Err()))
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+		s.leave(p.Done())
+		return nil
+	}
+}
+
+// exitError names also an exit with status 0.
+func exitError(err error) error {
+	if err == nil {
+		return errors.New("exit status 0")
+	}
+	return err
+}
+
+// listenAddress returns the address for listeners: also IPv6 where the pod has it.
+func listenAddress() string {
+	l, err := net.Listen("tcp6", "[::]:0")
+	if err != nil {
+		return xds.IPv4
+	}
+	l.Close()
+	return xds.DualStack
+}
+
+// listenUnix listens on a socket of mode 0600, in place of one that an earlier process left.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("create socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("create socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("create socket: %w", err)
+	}
+	return l, nil
+}
+
+// apply follows the enclave:
+//
+//	phase              connections            new connections
+//	RUNNING, DRAINING  of this generation     carried to the enclave
+//	any other          closed                 refused: no listener
+func (s *sidecar) apply(state *podsock.EnclaveState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return
+	}
+	if s.phase != state.GetPhase() {
+		s.log.Info("enclave", "generation", state.GetGeneration(), "phase", phaseName(state.GetPhase()))
+	}
+	s.phase = state.GetPhase()
+	serving := s.phase == podsock.EnclaveState_PHASE_RUNNING || s.phase == podsock.EnclaveState_PHASE_DRAINING
+	if serving {
+		s.relay.Set(&relay.Target{
+			Generation: state.GetGeneration(),
+			Address:    state.GetTarget(),
+			Secret:     vsock.Secret(state.GetSecret()),
+		})
+	} else {
+		s.relay.Set(nil)
+	}
+	if err := s.xds.SetListening(serving); err != nil {
+		s.log.Error("change Envoy's listeners", "error", err)
+	}
+}
+
+// leave refuses new connections and gives those that are open a little time.
+func (s *sidecar) leave(envoyEnded <-chan struct{}) {
+	s.mu.Lock()
+	s.stopping = true
+	err := s.xds.SetListening(false)
+	s.mu.Unlock()
+	if err != nil {
+		s.log.Error("take Envoy's listeners away", "error", err)
+	}
+	deadline := time.After(leaveTimeout)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for s.relay.Active() > 0 {
+		select {
+		case <-deadline:
+			return
+		case <-envoyEnded:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (s *sidecar) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), adminTimeout)
+		defer cancel()
+		if err := s.ready(ctx); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	return mux
+}
+
+// ready returns nil when clients reach the workload: it runs, and Envoy, asked itself, has a listener
+// for every port.
+func (s *sidecar) ready(ctx context.Context) error {
+	s.mu.Lock()
+	phase, stopping := s.phase, s.stopping
+	s.mu.Unlock()
+	if stopping {
+		return errors.New("the sidecar ends")
+	}
+	if phase != podsock.EnclaveState_PHASE_RUNNING {
+		return fmt.Errorf("the workload does not run: the enclave's phase is %s", phaseName(phase))
+	}
+	if err := s.admin.Live(ctx); err != nil {
+		return err
+	}
+	names, err := s.admin.Listeners(ctx)
+	if err != nil {
+		return err
+	}
+	for _, port := range s.ports {
+		if slices.Contains(names, xds.ListenerName(port)) {
+			continue
+		}
+		if why := s.xds.Rejected(); why != "" {
+			return fmt.Errorf("Envoy cannot listen on port %d: %s", port, why)
+		}
+		return fmt.Errorf("Envoy does not listen on port %d yet", port)
+	}
+	return nil
+}
+
+// phaseName is "RUNNING" and so on.
+func phaseName(p podsock.EnclaveState_Phase) string { return strings.TrimPrefix(p.String(), "PHASE_") }
