@@ -29,12 +29,21 @@ const hostCID = 3
 func NewGuest() (Guest, error) {
 	switch _, err := os.Stat(HybridDir); {
 	case err == nil:
-		return newHybridGuest(HybridDir)
+		return NewHybridGuest(HybridDir)
 	case errors.Is(err, fs.ErrNotExist):
 		return afVsock{}, nil
 	default:
 		return nil, err
 	}
+}
+
+// NewHybridGuest uses hybrid sockets in dir, for as long as the process lives.
+func NewHybridGuest(dir string) (Guest, error) {
+	g, err := newHybridGuest(dir)
+	if err != nil {
+		return nil, err
+	}
+	return g, nil
 }
 
 type afVsock struct{}
