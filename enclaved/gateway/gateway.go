@@ -1,10 +1,19 @@
-// Package gateway is the only way in: it ends TLS inside the enclave and forwards to the workload.
+// Package gateway is the only way into an enclave: it ends TLS with the attested certificate and
+// forwards HTTP/1.1, HTTP/2, gRPC, WebSocket and plain byte streams to the workload on 127.0.0.1.
+//
+// It can leave without failing a request. From Drain on every client is asked to go: HTTP/1.1 ones by
+// "Connection: close", HTTP/2 ones by a GOAWAY that still accepts every stream (RFC 9113, section 6.8).
+// New connections are served in the same way until Close.
 package gateway
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"net"
+	"sync"
+	"sync/atomic"
 
 	"cloister.dev/cloister/workload"
 )
@@ -13,7 +22,7 @@ import (
 type Vault interface {
 	// Certificate returns the attested certificate without waiting.
 	Certificate(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	// FreshDocument returns an attestation document with nonce, or vault.ErrBusy.
+	// FreshDocument returns an attestation document with nonce; vault.ErrBusy when too many wait.
 	FreshDocument(ctx context.Context, nonce []byte) ([]byte, error)
 }
 
@@ -21,22 +30,156 @@ type Vault interface {
 type Config struct {
 	Manifest *workload.Manifest
 	// Listen returns a listener for a port of the manifest whose connections come from this enclave's
-	// own sidecar.
+	// own sidecar. The gateway closes it.
 	Listen func(port uint32) (net.Listener, error)
 	Vault  Vault
 }
 
 // Gateway serves the ports of one manifest.
-type Gateway struct{ config Config }
+type Gateway struct {
+	ports    []*port
+	draining atomic.Bool
+
+	mu      sync.Mutex
+	conns   map[*conn]struct{}
+	closing bool
+	empty   chan struct{} // closed when closing and no connection is left
+	once    sync.Once
+	err     error
+}
 
 // New returns a gateway that does not listen yet.
-func New(config Config) (*Gateway, error) { return &Gateway{config: config}, nil }
+func New(config Config) (*Gateway, error) {
+	g := &Gateway{conns: map[*conn]struct{}{}, empty: make(chan struct{})}
+	for _, m := range config.Manifest.Ports {
+		p, err := newPort(g, config, m)
+		if err != nil {
+			return nil, fmt.Errorf("create gateway: %w", err)
+		}
+		g.ports = append(g.ports, p)
+	}
+	return g, nil
+}
 
-// Start listens on every port of the manifest.
-func (g *Gateway) Start() error { return nil }
+// Start listens on every port of the manifest. All of them accept connections when it returns, or none.
+func (g *Gateway) Start() error {
+	for i, p := range g.ports {
+		if err := p.listen(); err != nil {
+			for _, p := range g.ports[:i] {
+				p.listener.Close()
+			}
+			return fmt.Errorf("start gateway: listen on port %d: %w", p.number, err)
+		}
+	}
+	for _, p := range g.ports {
+		p.start()
+	}
+	return nil
+}
 
-// Drain asks clients to leave without failing a request.
-func (g *Gateway) Drain() {}
+// Drain asks every client to leave, now or with the next answer, and returns at once. No request fails
+// because of it, and new connections are still served.
+func (g *Gateway) Drain() {
+	g.draining.Store(true)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for c := range g.conns {
+		// A connection without a request is told with its first one, as a new connection is: no client
+		// takes a connection for broken that has served it.
+		if c.h2 != nil && c.h2.used.Load() {
+			c.h2.leave()
+		}
+	}
+}
 
-// Close ends the gateway: gracefully as long as ctx allows, then hard.
-func (g *Gateway) Close(ctx context.Context) error { return nil }
+// Close stops accepting, lets requests and streams end as long as ctx allows, and then cuts what is
+// left, which is an error. Later calls wait for the first and return the same.
+func (g *Gateway) Close(ctx context.Context) error {
+	g.once.Do(func() { g.err = g.close(ctx) })
+	return g.err
+}
+
+func (g *Gateway) close(ctx context.Context) error {
+	g.Drain()
+	for _, p := range g.ports {
+		p.stopAccepting()
+	}
+	g.mu.Lock()
+	g.closing = true
+	if len(g.conns) == 0 {
+		close(g.empty)
+	}
+	g.mu.Unlock()
+
+	var ports sync.WaitGroup
+	for _, p := range g.ports {
+		ports.Go(func() { p.shutdown(ctx) })
+	}
+	var err error
+	select {
+	case <-g.empty:
+	case <-ctx.Done():
+		if n := g.cut(); n > 0 {
+			err = fmt.Errorf("close gateway: cut %d connections: %w", n, context.Cause(ctx))
+		}
+	}
+	ports.Wait()
+	for _, p := range g.ports {
+		p.end()
+	}
+	return err
+}
+
+// cut closes all connections and returns how many there were.
+func (g *Gateway) cut() int {
+	g.mu.Lock()
+	left := make([]*conn, 0, len(g.conns))
+	for c := range g.conns {
+		left = append(left, c)
+	}
+	g.mu.Unlock()
+	for _, c := range left {
+		c.Close()
+	}
+	return len(left)
+}
+
+// conn is a connection from the sidecar, before TLS. It is known to the gateway until it is closed,
+// whatever it became: an HTTP connection, a hijacked one or a tunnel.
+type conn struct {
+	net.Conn
+	gateway *Gateway
+	h2      *h2Conn // set when TLS has chosen HTTP/2; guarded by Gateway.mu
+}
+
+func (g *Gateway) track(c net.Conn) *conn {
+	t := &conn{Conn: c, gateway: g}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.conns[t] = struct{}{}
+	return t
+}
+
+// Close may be called more than once.
+func (c *conn) Close() error {
+	g := c.gateway
+	g.mu.Lock()
+	_, known := g.conns[c]
+	delete(g.conns, c)
+	if known && g.closing && len(g.conns) == 0 {
+		close(g.empty)
+	}
+	g.mu.Unlock()
+	if !known {
+		return net.ErrClosed
+	}
+	return c.Conn.Close()
+}
+
+// CloseWrite ends the sending direction.
+func (c *conn) CloseWrite() error {
+	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return w.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
