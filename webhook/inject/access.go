@@ -1,0 +1,19 @@
+package inject
+
+import (
+	"fmt"
+
+	"cloister.dev/cloister/workload"
+)
+
+// HostAccess lists what the host of this workload can read and what it can change, one sentence of at
+// most 120 characters each. Everything else is sealed from the host by the enclave.
+func HostAccess(m *workload.Manifest) []string {
+	out := []string{"the host can read: stdout and stderr of the workload, its exit code and the results of its probes"}
+	for _, p := range m.Ports {
+		if p.Plaintext {
+			out = append(out, fmt.Sprintf("the host can read and change: everything on port %d (plaintext: true)", p.Port))
+		}
+	}
+	return out
+}

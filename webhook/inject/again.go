@@ -1,0 +1,235 @@
+package inject
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"cloister.dev/cloister/webhook/annotation"
+	"cloister.dev/cloister/webhook/config"
+	"cloister.dev/cloister/workload"
+)
+
+// again judges a pod that carries our containers: after another webhook ran, or made offline. No
+// annotation is believed; what the manifest in it renders to must be there, whole. Others may have added
+// to our containers and changed the console's probes and resources: that stays with them, and never
+// reaches the enclave. A lost or altered part of ours is denied.
+func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, field.ErrorList) {
+	p := &problems{}
+	p.list = annotation.Check(meta.Annotations, annotationsPath)
+	p.checkPod(spec)
+
+	inits := specPath.Child("initContainers")
+	boot, side := one(spec.InitContainers, Initboot), one(spec.InitContainers, Sidecar)
+	if boot < 0 || side < 0 || boot > side {
+		p.forbid(inits, fmt.Sprintf("the pod carries a part of what is injected: there must be %s once and then %s once, or neither", Initboot, Sidecar))
+		return nil, p.list
+	}
+	for _, l := range containerLists(spec) {
+		for i, c := range l.containers {
+			if isReserved(c.Name) && c.Name != Initboot && c.Name != Sidecar {
+				p.forbid(l.path.Index(i).Child("name"), "names that begin with cloister- are kept for what is injected: choose another")
+			}
+		}
+	}
+
+	m, canonical, image, memory := p.readBack(inits.Index(boot), &spec.InitContainers[boot])
+	index := -1
+	if name := meta.Annotations[annotation.Enclave]; name != "" {
+		index = p.find(spec, name)
+	}
+	if m == nil || index < 0 {
+		return nil, p.list
+	}
+	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, canonical, image, memory))
+	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
+
+	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
+	console := corev1.Container{
+		Image: opts.InitbootImage, Command: consoleCommand(spec), VolumeMounts: []corev1.VolumeMount{mountRun, mountNoToken},
+	}
+	var ops []Op
+	if n := len(console.Command) - 1; len(c.Command) == n+1 && strings.HasPrefix(c.Command[n], graceFlag) && c.Command[n] != console.Command[n] {
+		// Another webhook changed the grace period after us.
+		ops = append(ops, add(fmt.Sprintf("/spec/containers/%d/command/%d", index, n), console.Command[n]))
+		console.Command[n] = c.Command[n]
+	}
+	p.compare(cp, c, console)
+	p.compareVolumes(spec, c)
+	p.compareConfig(meta, m, memory)
+	if want := measurements(canonical); meta.Annotations[annotation.Measurements] != want {
+		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")
+	}
+	if low := lowestPort(m); low < 1024 {
+		p.checkPortStart(spec, low)
+		if !hasPortStart(spec) {
+			p.forbid(specPath.Child("securityContext", "sysctls"), fmt.Sprintf("%s, which was injected, is gone", unprivilegedPorts))
+		}
+	}
+	if len(p.list) > 0 {
+		return nil, p.list
+	}
+	return ops, nil
+}
+
+// one returns the index of the only container of this name, else -1.
+func one(list []corev1.Container, name string) int {
+	found := -1
+	for i, c := range list {
+		if c.Name != name {
+			continue
+		}
+		if found >= 0 {
+			return -1
+		}
+		found = i
+	}
+	return found
+}
+
+// readBack reads what initboot's environment says. The manifest is nil when it cannot be used.
+func (p *problems) readBack(path *field.Path, c *corev1.Container) (m *workload.Manifest, canonical []byte, image string, memory int64) {
+	value := func(name string) string {
+		for _, e := range c.Env {
+			if e.Name == name && e.ValueFrom == nil {
+				return unescape(e.Value)
+			}
+		}
+		p.forbid(path.Child("env"), name+", which was injected, is gone")
+		return ""
+	}
+	text, image, number := value(envManifest), value(envImage), value(envMemory)
+	if len(p.list) > 0 {
+		return nil, nil, "", 0
+	}
+	canonical = []byte(text)
+	m, err := workload.Parse(canonical)
+	if err != nil {
+		p.forbid(path.Child("env").Key(envManifest), err.Error())
+		return nil, nil, "", 0
+	}
+	if digest := imageRE.FindStringSubmatch(image); digest == nil || digest[1] != m.Image.Digest {
+		p.forbid(path.Child("env").Key(envImage), "it does not name the image of the workload manifest")
+	}
+	memory, err = strconv.ParseInt(number, 10, 64)
+	if err != nil || memory < 1 || memory > config.MaxMemory {
+		p.forbid(path.Child("env").Key(envMemory), "it is not a number of bytes")
+	}
+	return m, canonical, image, memory
+}
+
+// compare reports what of want is missing or different in have, and variables of ours that somebody added.
+func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1.Container) {
+	if have.Image != want.Image {
+		p.forbid(path.Child("image"), fmt.Sprintf("this installation injects %s", want.Image))
+	}
+	if !slices.Equal(have.Command, want.Command) || len(have.Args) > 0 {
+		p.forbid(path.Child("command"), fmt.Sprintf("it is not what is injected, %q without args", want.Command))
+	}
+	for i, e := range have.Env {
+		if !strings.HasPrefix(e.Name, envPrefix) {
+			continue
+		}
+		// More than one of a name would let the last one win.
+		j := slices.IndexFunc(want.Env, func(w corev1.EnvVar) bool { return w.Name == e.Name })
+		first := slices.IndexFunc(have.Env, func(h corev1.EnvVar) bool { return h.Name == e.Name })
+		if j < 0 || first != i || e.Value != want.Env[j].Value || e.ValueFrom != nil {
+			p.forbid(path.Child("env").Index(i), e.Name+" is not what is injected: variables that begin with CLOISTER_ are kept for it")
+		}
+	}
+	for _, w := range want.Env {
+		if !slices.ContainsFunc(have.Env, func(h corev1.EnvVar) bool { return h.Name == w.Name }) {
+			p.forbid(path.Child("env"), w.Name+", which was injected, is gone")
+		}
+	}
+	for _, w := range want.VolumeMounts {
+		if !slices.ContainsFunc(have.VolumeMounts, func(h corev1.VolumeMount) bool {
+			return h.Name == w.Name && h.MountPath == w.MountPath && h.ReadOnly == w.ReadOnly && h.SubPath == "" && h.SubPathExpr == ""
+		}) {
+			p.forbid(path.Child("volumeMounts"), fmt.Sprintf("the mount of %s at %s, which was injected, is gone", w.Name, w.MountPath))
+		}
+	}
+	if want.RestartPolicy == nil {
+		return // the console
+	}
+	if have.RestartPolicy == nil || *have.RestartPolicy != *want.RestartPolicy {
+		p.forbid(path.Child("restartPolicy"), "it must be Always, as it was injected")
+	}
+	if have.StartupProbe == nil || have.StartupProbe.Exec == nil || !slices.Equal(have.StartupProbe.Exec.Command, want.StartupProbe.Exec.Command) {
+		p.forbid(path.Child("startupProbe"), "it is not what is injected: the pod would start before its enclave")
+	}
+}
+
+// compareVolumes reports volumes of ours that are missing or different, and containers of others that
+// mount them.
+func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Container) {
+	for _, want := range volumes() {
+		have := volume(spec, want.Name)
+		if have == nil {
+			p.forbid(specPath.Child("volumes"), fmt.Sprintf("volume %s, which was injected, is gone", want.Name))
+			continue
+		}
+		got := have.DeepCopy()
+		switch {
+		case got.EmptyDir != nil && want.EmptyDir != nil:
+			got.EmptyDir.SizeLimit = want.EmptyDir.SizeLimit // how much is a matter of resources
+		case got.DownwardAPI != nil && want.DownwardAPI != nil:
+			got.DownwardAPI.DefaultMode = nil // set by the API server
+			for _, f := range got.DownwardAPI.Items {
+				if f.FieldRef != nil {
+					f.FieldRef.APIVersion = ""
+				}
+			}
+		}
+		if !reflect.DeepEqual(*got, want) {
+			p.forbid(specPath.Child("volumes"), fmt.Sprintf("volume %s is not what is injected", want.Name))
+		}
+	}
+	for _, l := range containerLists(spec) {
+		for i := range l.containers {
+			c := &l.containers[i]
+			if c == console || isReserved(c.Name) {
+				continue
+			}
+			for j, m := range c.VolumeMounts {
+				if isReserved(m.Name) {
+					p.forbid(l.path.Index(i).Child("volumeMounts").Index(j), fmt.Sprintf("volume %s is only for what is injected", m.Name))
+				}
+			}
+		}
+	}
+}
+
+// compareConfig reports a config that was changed after the manifest was made from it.
+func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, memory int64) {
+	cfg := &config.EnclaveConfig{}
+	at := annotationsPath.Key(annotation.Config)
+	if doc, ok := meta.Annotations[annotation.Config]; ok {
+		c, errs := config.Parse(doc, at)
+		if len(errs) > 0 {
+			return // reported already
+		}
+		cfg = c
+	}
+	if cfg.Memory != 0 && cfg.Memory != memory {
+		p.forbid(at.Child("memory"), "it is not what was injected")
+	}
+	for _, port := range m.Ports {
+		want := workload.Port{Name: port.Name, Port: port.Port}
+		if s := setting(cfg, port); s != nil {
+			want.Plaintext = s.Plaintext
+			if s.Protocol != workload.ProtocolHTTP {
+				want.Protocol = s.Protocol
+			}
+		}
+		if want != port {
+			p.forbid(at.Child("ports"), fmt.Sprintf("what it says about port %d is not what was injected", port.Port))
+		}
+	}
+}

@@ -1,0 +1,251 @@
+package inject
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utiljson "k8s.io/apimachinery/pkg/util/json"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"cloister.dev/cloister/webhook/annotation"
+)
+
+// decode reads JSON as the API server does: field names are case-sensitive.
+func decode(data []byte, into any) error { return utiljson.Unmarshal(data, into) }
+
+// Patch decides about one pod, as JSON without duplicate keys. It returns no operations for a pod without
+// annotations under our prefix and for one that is injected already; the operations that inject it; or
+// every reason why it is denied. Warnings are for the author of the pod. Fields that this version's
+// k8s.io/api does not know survive.
+func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.ErrorList) {
+	var head struct {
+		Metadata struct {
+			Annotations map[string]string `json:"annotations"`
+		} `json:"metadata"`
+	}
+	if err := decode(pod, &head); err != nil {
+		return nil, nil, undecodable(err)
+	}
+	if !annotation.Any(head.Metadata.Annotations) {
+		return nil, nil, nil
+	}
+	var typed struct {
+		Metadata metav1.ObjectMeta `json:"metadata"`
+		Spec     corev1.PodSpec    `json:"spec"`
+	}
+	if err := decode(pod, &typed); err != nil {
+		return nil, nil, undecodable(err)
+	}
+	meta, spec := &typed.Metadata, &typed.Spec
+	if injected(spec) {
+		ops, errs := again(meta, spec, opts)
+		return ops, nil, errs
+	}
+
+	d, errs := decide(meta, spec)
+	if len(errs) > 0 {
+		return nil, nil, errs
+	}
+	measured := measurements(d.canonical)
+	if v, ok := meta.Annotations[annotation.Measurements]; ok && v != measured {
+		return nil, nil, field.ErrorList{field.Forbidden(annotationsPath.Key(annotation.Measurements), "it is written by the webhook and is not what this pod measures to: remove it")}
+	}
+	var raw struct {
+		Spec struct {
+			Containers []json.RawMessage `json:"containers"`
+		} `json:"spec"`
+	}
+	if err := decode(pod, &raw); err != nil {
+		return nil, nil, undecodable(err)
+	}
+	console, err := consoleOps(raw.Spec.Containers[d.index], spec, d, opts)
+	if err != nil {
+		return nil, nil, undecodable(err)
+	}
+
+	ops = append(ops, add("/metadata/annotations/"+pointer(annotation.Measurements), measured))
+	ops = append(ops, volumeOps(spec)...)
+	ops = append(ops, initOps(spec, d, opts)...)
+	if lowestPort(d.manifest) < 1024 && !hasPortStart(spec) {
+		ops = append(ops, sysctlOp(spec))
+	}
+	ops = append(ops, console...)
+	warnings = append([]string{driverWarning}, d.warnings...)
+	return ops, warnings, nil
+}
+
+const driverWarning = "driver process: this enclave is not an isolation boundary, use it for development only"
+
+func undecodable(err error) field.ErrorList {
+	return field.ErrorList{field.Invalid(field.NewPath("pod"), field.OmitValueType{}, fmt.Sprintf("it cannot be decoded: %v", err))}
+}
+
+func add(path string, value any) Op { return Op{Op: "add", Path: path, Value: value} }
+
+// pointer escapes one segment of a JSON pointer (RFC 6901).
+func pointer(segment string) string {
+	return strings.NewReplacer("~", "~0", "/", "~1").Replace(segment)
+}
+
+func volumeOps(spec *corev1.PodSpec) []Op {
+	ours := volumes()
+	if len(spec.Volumes) == 0 {
+		return []Op{add("/spec/volumes", ours)}
+	}
+	ops := make([]Op, len(ours))
+	for i, v := range ours {
+		ops[i] = add("/spec/volumes/-", v)
+	}
+	return ops
+}
+
+func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
+	boot := initboot(opts, d.canonical, d.image, d.memory)
+	limitCPU := guaranteed(spec)
+	boot.Resources = resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, limitCPU)
+	side := sidecar(opts, d.manifest)
+	side.Resources = resources(resource.MustParse("100m"), 128<<20, limitCPU)
+	if len(spec.InitContainers) == 0 {
+		return []Op{add("/spec/initContainers", []corev1.Container{boot, side})}
+	}
+	return []Op{add("/spec/initContainers/0", boot), add("/spec/initContainers/1", side)}
+}
+
+func sysctlOp(spec *corev1.PodSpec) Op {
+	sysctl := corev1.Sysctl{Name: unprivilegedPorts, Value: "0"}
+	sc := spec.SecurityContext
+	if sc == nil {
+		return add("/spec/securityContext", corev1.PodSecurityContext{Sysctls: []corev1.Sysctl{sysctl}})
+	}
+	// checkPod lets no other sysctl pass, so there is no list to append to.
+	return add("/spec/securityContext/sysctls", []corev1.Sysctl{sysctl})
+}
+
+// consoleOps turns the named container into the console, field by field: what is not named here stays,
+// known to this version or not.
+func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Options) ([]Op, error) {
+	c := &spec.Containers[d.index]
+	var have map[string]json.RawMessage
+	var lists struct {
+		Env          []json.RawMessage `json:"env"`
+		VolumeMounts []json.RawMessage `json:"volumeMounts"`
+	}
+	if err := decode(raw, &have); err != nil {
+		return nil, err
+	}
+	if err := decode(raw, &lists); err != nil {
+		return nil, err
+	}
+	base := fmt.Sprintf("/spec/containers/%d/", d.index)
+	ops := []Op{
+		add(base+"image", opts.InitbootImage),
+		add(base+"imagePullPolicy", corev1.PullIfNotPresent),
+		add(base+"command", consoleCommand(spec)),
+	}
+	remove := func(name string) {
+		if _, ok := have[name]; ok {
+			ops = append(ops, Op{Op: "remove", Path: base + name})
+		}
+	}
+	remove("args")
+	remove("workingDir")
+
+	// What the cloud's identity webhook added is not the workload's and stays.
+	var env []json.RawMessage
+	for i, e := range c.Env {
+		if cloudEnv(e.Name) {
+			env = append(env, lists.Env[i])
+		}
+	}
+	if len(env) > 0 {
+		ops = append(ops, add(base+"env", env))
+	} else {
+		remove("env")
+	}
+	mounts := []any{mountRun, mountNoToken}
+	for i := range c.VolumeMounts {
+		if cloudMount(c.VolumeMounts[i].MountPath) {
+			mounts = append(mounts, lists.VolumeMounts[i])
+		}
+	}
+	ops = append(ops, add(base+"volumeMounts", mounts))
+
+	limitCPU := guaranteed(spec)
+	limits, err := merge(have["resources"], resources(resource.MustParse("50m"), 64<<20, limitCPU))
+	if err != nil {
+		return nil, err
+	}
+	// The author's limits were the workload's. Only those of ephemeral storage stay, for the logs.
+	if l, ok := limits["limits"].(map[string]any); ok && !limitCPU {
+		delete(l, string(corev1.ResourceCPU))
+	}
+	security, err := merge(have["securityContext"], confined())
+	if err != nil {
+		return nil, err
+	}
+	if capabilities, ok := security["capabilities"].(map[string]any); ok {
+		delete(capabilities, "add")
+	}
+	ops = append(ops,
+		add(base+"resources", limits),
+		add(base+"securityContext", security),
+		add(base+"startupProbe", consoleStartup(c.StartupProbe)),
+	)
+	if c.LivenessProbe != nil {
+		ops = append(ops, add(base+"livenessProbe", consoleProbe("liveness", c.LivenessProbe)))
+	}
+	if c.ReadinessProbe != nil {
+		ops = append(ops, add(base+"readinessProbe", consoleProbe("readiness", c.ReadinessProbe)))
+	}
+	return ops, nil
+}
+
+// merge writes ours over a JSON object that may be absent: objects are merged, everything else replaced.
+func merge(raw json.RawMessage, ours any) (map[string]any, error) {
+	out := map[string]any{}
+	if len(raw) > 0 {
+		if err := decode(raw, &out); err != nil {
+			return nil, err
+		}
+	}
+	if out == nil { // null
+		out = map[string]any{}
+	}
+	data, err := json.Marshal(ours)
+	if err != nil {
+		return nil, err
+	}
+	var over map[string]any
+	if err := decode(data, &over); err != nil {
+		return nil, err
+	}
+	overlay(out, over)
+	return out, nil
+}
+
+func overlay(base, over map[string]any) {
+	for k, v := range over {
+		if o, ok := v.(map[string]any); ok {
+			if b, ok := base[k].(map[string]any); ok && b != nil {
+				overlay(b, o)
+				continue
+			}
+		}
+		base[k] = v
+	}
+}
+
+// injected tells whether one of our containers is there.
+func injected(spec *corev1.PodSpec) bool {
+	for _, l := range containerLists(spec) {
+		if slices.ContainsFunc(l.containers, func(c corev1.Container) bool { return c.Name == Initboot || c.Name == Sidecar }) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,286 @@
+package inject
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"cloister.dev/cloister/workload"
+)
+
+// Environment of our containers.
+const (
+	envPrefix   = "CLOISTER_"
+	envManifest = "CLOISTER_MANIFEST"
+	envImage    = "CLOISTER_IMAGE"
+	envMemory   = "CLOISTER_MEMORY"
+	envPorts    = "CLOISTER_PORTS"
+)
+
+// Volumes of ours.
+const (
+	volumeRun     = "cloister-run"
+	volumeCache   = "cloister-cache"
+	volumeTmp     = "cloister-tmp"
+	volumePodinfo = "cloister-podinfo"
+	volumeNoToken = "cloister-no-token"
+)
+
+const (
+	// bootSeconds is how long a boot may take, with the fetching of the image: the kubelet gives up then
+	// and restarts the container, which begins again.
+	bootSeconds = 600
+	// overhead is what initboot needs beside the enclave's memory, in bytes.
+	overhead = 128 << 20
+	// unprivileged is the uid and gid of the console and the sidecar.
+	unprivileged = 65532
+)
+
+// volumes returns the volumes that are added to a pod.
+func volumes() []corev1.Volume {
+	sockets := resource.MustParse("16Mi")
+	memory := func(name string) corev1.Volume {
+		return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+			Medium: corev1.StorageMediumMemory, SizeLimit: &sockets}}}
+	}
+	return []corev1.Volume{
+		memory(volumeRun),
+		{Name: volumeCache, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
+		memory(volumeTmp),
+		{Name: volumePodinfo, VolumeSource: corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{
+			Items: []corev1.DownwardAPIVolumeFile{{Path: "annotations", FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.annotations"}}}}}},
+		memory(volumeNoToken),
+	}
+}
+
+// Mounts of our containers. The empty volume at the token's path keeps the API server from mounting a
+// token there: none of our containers talks to the API.
+var (
+	mountRun     = corev1.VolumeMount{Name: volumeRun, MountPath: "/run/cloister"}
+	mountNoToken = corev1.VolumeMount{Name: volumeNoToken, MountPath: tokenPath, ReadOnly: true}
+	mountCache   = corev1.VolumeMount{Name: volumeCache, MountPath: "/var/cache/cloister"}
+	mountTmp     = corev1.VolumeMount{Name: volumeTmp, MountPath: "/run/cloister-sidecar"}
+	mountPodinfo = corev1.VolumeMount{Name: volumePodinfo, MountPath: "/etc/podinfo", ReadOnly: true}
+)
+
+// processCapabilities is what initboot needs to make an enclave of namespaces: to mount its root, to make
+// its devices, to bring its loopback up, and to give the workload workload.DefaultCapabilities.
+var processCapabilities = []corev1.Capability{
+	"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW",
+	"SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN", "SYS_CHROOT",
+}
+
+// escape keeps the kubelet from expanding $(VAR) in the value of an environment variable: it reads $$ as
+// one $ (k8s.io/kubernetes/third_party/forked/golang/expansion).
+func escape(value string) string { return strings.ReplaceAll(value, "$", "$$") }
+
+// unescape is what the kubelet makes of an escaped value.
+func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$") }
+
+// initboot renders the first native sidecar, without resources.
+func initboot(opts Options, canonical []byte, image string, memory int64) corev1.Container {
+	always, no, yes, root := corev1.ContainerRestartPolicyAlways, false, true, int64(0)
+	return corev1.Container{
+		Name:    Initboot,
+		Image:   opts.InitbootImage,
+		Command: []string{"/initboot", "serve", "--driver=" + opts.Driver},
+		Env: []corev1.EnvVar{
+			{Name: envManifest, Value: escape(string(canonical))},
+			{Name: envImage, Value: escape(image)},
+			{Name: envMemory, Value: strconv.FormatInt(memory, 10)},
+		},
+		ImagePullPolicy: corev1.PullIfNotPresent,
+		RestartPolicy:   &always,
+		StartupProbe:    execProbe("/initboot", "probe", "boot"),
+		VolumeMounts:    []corev1.VolumeMount{mountRun, mountCache, mountNoToken},
+		// The uid is explicit: the pod may demand runAsNonRoot for its other containers.
+		SecurityContext: &corev1.SecurityContext{
+			RunAsUser: &root, RunAsGroup: &root, RunAsNonRoot: &no,
+			ReadOnlyRootFilesystem: &yes,
+			Capabilities:           &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: processCapabilities},
+			SeccompProfile:         &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined},
+			AppArmorProfile:        &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeUnconfined},
+		},
+	}
+}
+
+// sidecar renders the second native sidecar, without resources.
+func sidecar(opts Options, m *workload.Manifest) corev1.Container {
+	always := corev1.ContainerRestartPolicyAlways
+	return corev1.Container{
+		Name:            Sidecar,
+		Image:           opts.SidecarImage,
+		Command:         []string{"/sidecar", "serve"},
+		Env:             []corev1.EnvVar{{Name: envPorts, Value: portList(m)}},
+		ImagePullPolicy: corev1.PullIfNotPresent,
+		RestartPolicy:   &always,
+		StartupProbe:    execProbe("/sidecar", "probe", "startup"),
+		// It follows the enclave closely: a pod whose enclave is gone must leave its Services at once.
+		ReadinessProbe: &corev1.Probe{
+			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(sidecarPort), Scheme: corev1.URISchemeHTTP}},
+			PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 1, SuccessThreshold: 1,
+		},
+		VolumeMounts:    []corev1.VolumeMount{mountRun, mountTmp, mountPodinfo, mountNoToken},
+		SecurityContext: confined(),
+	}
+}
+
+func portList(m *workload.Manifest) string {
+	numbers := make([]uint32, len(m.Ports))
+	for i, p := range m.Ports {
+		numbers[i] = p.Port
+	}
+	b, _ := json.Marshal(numbers) // numbers always marshal
+	return string(b)
+}
+
+// confined is the security context of the console and the sidecar.
+func confined() *corev1.SecurityContext {
+	no, yes, uid := false, true, int64(unprivileged)
+	return &corev1.SecurityContext{
+		RunAsUser: &uid, RunAsGroup: &uid, RunAsNonRoot: &yes,
+		AllowPrivilegeEscalation: &no,
+		ReadOnlyRootFilesystem:   &yes,
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+}
+
+// execProbe is a startup probe that asks every second for as long as a boot may take.
+func execProbe(command ...string) *corev1.Probe {
+	return &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: command}},
+		PeriodSeconds: 1, TimeoutSeconds: 5, SuccessThreshold: 1, FailureThreshold: bootSeconds,
+	}
+}
+
+// consoleCommand is the console's command line.
+func consoleCommand(spec *corev1.PodSpec) []string {
+	grace := int64(corev1.DefaultTerminationGracePeriodSeconds)
+	if s := spec.TerminationGracePeriodSeconds; s != nil {
+		grace = *s
+	}
+	return []string{"/initboot", "console", fmt.Sprintf("%s%ds", graceFlag, grace)}
+}
+
+const graceFlag = "--grace-period="
+
+// withDefaults fills in what the API server would (pkg/apis/core/v1/defaults.go), in whose absence raw
+// YAML is read.
+func withDefaults(p corev1.Probe) corev1.Probe {
+	for _, f := range []struct {
+		value *int32
+		deflt int32
+	}{{&p.TimeoutSeconds, 1}, {&p.PeriodSeconds, 10}, {&p.SuccessThreshold, 1}, {&p.FailureThreshold, 3}} {
+		if *f.value <= 0 {
+			*f.value = f.deflt
+		}
+	}
+	return p
+}
+
+// consoleStartup is the console's startup probe. It waits for the workload's start and then asks the
+// author's startup probe, if there is one, as often as the author said.
+func consoleStartup(author *corev1.Probe) *corev1.Probe {
+	out := execProbe("/initboot", "probe", "startup")
+	if author == nil {
+		return out
+	}
+	a := withDefaults(*author)
+	command := &out.Exec.Command
+	if a.InitialDelaySeconds > 0 {
+		*command = append(*command, fmt.Sprintf("--initial-delay=%ds", a.InitialDelaySeconds))
+	}
+	*command = append(*command, fmt.Sprintf("--timeout=%ds", a.TimeoutSeconds))
+	out.PeriodSeconds = a.PeriodSeconds
+	// A second more than the enclave has, so that its answer arrives and not the kubelet's time-out.
+	out.TimeoutSeconds = later(a.TimeoutSeconds, 1)
+	// The author's failures count from the workload's start, so the boot and the delay come on top.
+	wait := later(a.InitialDelaySeconds, bootSeconds)
+	out.FailureThreshold = later(a.FailureThreshold, (wait-1)/a.PeriodSeconds+1)
+	out.TerminationGracePeriodSeconds = a.TerminationGracePeriodSeconds
+	return out
+}
+
+// consoleProbe is a liveness or readiness probe of the console. The author's delay counts from the
+// workload's start, which the console knows and the kubelet does not.
+func consoleProbe(kind string, author *corev1.Probe) *corev1.Probe {
+	a := withDefaults(*author)
+	return &corev1.Probe{
+		ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{
+			Path:   fmt.Sprintf("/probe/%s?timeout=%ds&period=%ds&delay=%ds", kind, a.TimeoutSeconds, a.PeriodSeconds, a.InitialDelaySeconds),
+			Port:   intstr.FromInt32(consolePort),
+			Scheme: corev1.URISchemeHTTP,
+		}},
+		TimeoutSeconds:                later(a.TimeoutSeconds, 1),
+		PeriodSeconds:                 a.PeriodSeconds,
+		SuccessThreshold:              a.SuccessThreshold,
+		FailureThreshold:              a.FailureThreshold,
+		TerminationGracePeriodSeconds: a.TerminationGracePeriodSeconds,
+	}
+}
+
+// later adds without overflow.
+func later(a, b int32) int32 { return int32(min(int64(a)+int64(b), 1<<31-1)) }
+
+// measurements is the value of the annotation that people read. The EIF, and so PCR0, is not known here.
+func measurements(canonical []byte) string {
+	return fmt.Sprintf(`{"PCR16":%q}`, hex.EncodeToString(workload.PCR16(canonical)))
+}
+
+// guaranteed tells whether the author's pod has QoS class Guaranteed: requests equal to limits for CPU and
+// memory on every container.
+func guaranteed(spec *corev1.PodSpec) bool {
+	for _, l := range containerLists(spec) {
+		for _, c := range l.containers {
+			for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+				limit, ok := c.Resources.Limits[name]
+				if !ok || limit.IsZero() {
+					return false
+				}
+				if request, ok := c.Resources.Requests[name]; ok && request.Cmp(limit) != 0 {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
+
+// resources returns requests with limits for memory, and for CPU only when limitCPU: a CPU limit would
+// throttle the boot and the unpacking of the image, and the QoS class needs it of Guaranteed pods only.
+func resources(cpu resource.Quantity, memory int64, limitCPU bool) corev1.ResourceRequirements {
+	mem := *resource.NewQuantity(memory, resource.BinarySI)
+	r := corev1.ResourceRequirements{
+		Requests: corev1.ResourceList{corev1.ResourceCPU: cpu, corev1.ResourceMemory: mem},
+		Limits:   corev1.ResourceList{corev1.ResourceMemory: mem},
+	}
+	if limitCPU {
+		r.Limits[corev1.ResourceCPU] = cpu
+	}
+	return r
+}
+
+// enclaveCPU is what initboot requests: what the enclave uses, which is what the author asked for, and a
+// little for itself.
+func enclaveCPU(d *decision, c *corev1.Container) resource.Quantity {
+	cpu := resource.MustParse("100m")
+	if q, ok := c.Resources.Limits[corev1.ResourceCPU]; ok && !q.IsZero() {
+		cpu = q
+	}
+	if q, ok := c.Resources.Requests[corev1.ResourceCPU]; ok && !q.IsZero() {
+		cpu = q
+	}
+	if d.config.CPUs > 0 {
+		cpu = *resource.NewQuantity(d.config.CPUs, resource.DecimalSI)
+	}
+	cpu = cpu.DeepCopy()
+	cpu.Add(resource.MustParse("50m"))
+	return cpu
+}
