@@ -4,6 +4,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 "$HACK/kernel.sh"
+go build -o "$BIN/baseeif" ./hack/baseeif
 go build -trimpath -ldflags "-s -w -buildid=" -o "$OUT/enclaved" ./enclaved
-go run ./hack/baseeif -kernel "$OUT/vmlinuz" -init "$OUT/enclaved" -nsm device -o "$OUT/base.eif"
-go run ./hack/baseeif -kernel "$OUT/vmlinuz" -init "$OUT/enclaved" -nsm dev -o "$OUT/base-dev.eif"
+build() { baseeif -kernel "$OUT/vmlinuz" -kernel-version "$(cat "$OUT/vmlinuz.version")" -init "$OUT/enclaved" "$@"; }
+build -nsm device -o "$OUT/base.eif"
+build -nsm dev -o "$OUT/base-dev.eif"

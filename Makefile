@@ -1,0 +1,50 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z0-9-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: run
+run: ## from nothing to an attested answer of an nginx in an enclave
+	@hack/run.sh
+
+.PHONY: test
+test: test-unit test-e2e ## all tests
+
+.PHONY: test-unit
+test-unit: ## build, verify, lint, and the tests that need no cluster
+	@hack/unit.sh
+
+.PHONY: test-e2e
+test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be
+	@hack/e2e.sh
+
+.PHONY: verify
+verify: ## format, vet, and generated code that is what the .proto files give
+	@hack/verify.sh
+
+.PHONY: lint
+lint: ## staticcheck
+	@hack/lint.sh
+
+.PHONY: generate
+generate: ## the Go code of the .proto files
+	@hack/generate.sh
+
+.PHONY: cluster
+cluster: ## the kind cluster (CLUSTER=existing takes the kind cluster of the current kubeconfig)
+	@hack/up.sh cluster
+
+.PHONY: images
+images: ## the base EIFs and our images, loaded into the cluster
+	@hack/up.sh images
+
+.PHONY: install
+install: ## Cloister, the registry and the sample image in the cluster
+	@hack/up.sh install
+
+.PHONY: clean
+clean: ## no cluster, no engine of ours, no network rule; downloads stay in the cache
+	@hack/clean.sh

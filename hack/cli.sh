@@ -1,0 +1,5 @@
+#!/bin/bash
+# Builds the command cloister into the cache's bin folder.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$REPO"
+go build -trimpath -ldflags "-s -w" -o "$BIN/cloister" ./cloister

@@ -1,0 +1,31 @@
+#!/bin/bash
+# Usage: e2e.sh [GO-TEST-FLAG...]. Brings the cluster up and runs the end-to-end tests in it. What the
+# tests need to know lies in $OUT/e2e.env, so that one test can be run by hand:
+#
+#	set -a; . ~/.cache/cloister/out/e2e.env; set +a; go test -count=1 -v -run TestName ./e2e/...
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+"$HACK/up.sh" install
+use_engine
+use_cluster
+. "$OUT/images.env"
+cat >"$OUT/e2e.env" <<ENV
+CLOISTER_E2E=1
+KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
+DOCKER_HOST=${DOCKER_HOST:-}
+CLOISTER_NODE=$KIND_CLUSTER-control-plane
+CLOISTER_BIN=$BIN/cloister
+CLOISTER_EIF=$OUT/base-dev.eif
+CLOISTER_ROOT=$CACHE/dev-root/root.pem
+CLOISTER_KEY=$CACHE/dev-root/key.pem
+CLOISTER_NGINX_IMAGE=registry.cloister-registry.svc.cluster.local:5000/nginx@$(cat "$OUT/nginx.digest")
+CLOISTER_NGINX_ROOTFS=$OUT/nginx-rootfs.tar
+CLOISTER_INITBOOT_IMAGE=$INITBOOT_DEV_IMAGE
+CLOISTER_SIDECAR_IMAGE=$SIDECAR_IMAGE
+CLOISTER_TOOLS_IMAGE=$TOOLS_IMAGE
+ENV
+set -a
+. "$OUT/e2e.env"
+[ -n "$DOCKER_HOST" ] || unset DOCKER_HOST
+set +a
+cd "$REPO"
+exec go test -count=1 -v -timeout 45m "$@" ./e2e/...

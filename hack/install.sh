@@ -1,0 +1,27 @@
+#!/bin/bash
+# Installs manifests/base with the images that hack/images.sh has built, and waits for the webhook.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+use_cluster
+. "$OUT/images.env"
+# kubectl wants every base below or beside the kustomization, by a relative path.
+dir=$OUT/install
+mkdir -p "$dir"
+cat >"$dir/kustomization.yaml" <<YAML
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources:
+  - $(realpath --relative-to="$dir" "$REPO/manifests/base")
+images:
+  - name: cloister.dev/webhook
+    newTag: ${WEBHOOK_IMAGE##*:}
+configMapGenerator:
+  - name: cloister-install
+    namespace: cloister-system
+    behavior: $(grep -rqs 'name: cloister-install$' "$REPO"/manifests/base/*configmap* && echo merge || echo create)
+    literals:
+      - DRIVER=process
+      - INITBOOT_IMAGE=$INITBOOT_DEV_IMAGE
+      - SIDECAR_IMAGE=$SIDECAR_IMAGE
+YAML
+kubectl apply -k "$dir"
+kubectl -n cloister-system rollout status deployment/cloister-webhook --timeout=180s

@@ -1,0 +1,7 @@
+#!/bin/bash
+# `make lint`: staticcheck, pinned.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$REPO"
+tool=$CACHE/tools/staticcheck-$STATICCHECK_VERSION
+[ -x "$tool/staticcheck" ] || GOBIN=$tool GOFLAGS=-buildvcs=false go install "honnef.co/go/tools/cmd/staticcheck@$STATICCHECK_VERSION"
+"$tool/staticcheck" ./...

@@ -1,0 +1,16 @@
+#!/bin/bash
+# `make test-unit`: everything that needs no cluster.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$REPO"
+step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
+step "build" "read the compiler's errors" go build ./...
+step "verify: format, vet, generated code" "run gofmt -w, or make generate" "$HACK/verify.sh"
+step "lint" "read staticcheck's findings" "$HACK/lint.sh"
+# The race detector compiles everything a second time: only what does not pull in Kubernetes' clients.
+plain=() race=()
+while read -r package heavy; do
+  if [ "$heavy" = true ]; then plain+=("$package"); else race+=("$package"); fi
+done < <(go list -f '{{$h := false}}{{range .Deps}}{{if eq . "k8s.io/client-go/kubernetes"}}{{$h = true}}{{end}}{{end}}{{.ImportPath}} {{$h}}' ./... |
+  grep -v "/e2e")
+if [ ${#plain[@]} -gt 0 ]; then go test "${plain[@]}"; fi
+CGO_ENABLED=1 go test -race "${race[@]}"

@@ -1,0 +1,40 @@
+#!/bin/bash
+# Usage: up.sh cluster|images|install. Brings the machine to that point, each including the ones
+# before it. What is there already is used.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+again="read the log, then run the same command again: what is done stays done"
+[[ "$(go env GOVERSION 2>/dev/null)" == go1.* ]] || die "Go is missing: install it from go.dev or Debian's golang package"
+
+cluster() {
+  if [ "$CLUSTER" != existing ]; then
+    step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
+    step "kind $KIND_VERSION" "check that the Go module proxy answers: go env GOPROXY" "$HACK/kind.sh"
+    step "container engine" "start Docker, or read $LOGS/dockerd.log" "$HACK/docker.sh" start
+    step "firewall rule" "check that iptables works: iptables -S DOCKER-USER" "$HACK/firewall.sh" add
+    step "node image" "read the log; 'make clean' and another run start afresh" "$HACK/node-image.sh"
+  fi
+  step "cluster $CLUSTER" "'make clean', then run the same command again" "$HACK/cluster.sh" create
+}
+
+images() {
+  cluster
+  step "base EIFs" "$again" "$HACK/base-eif.sh"
+  local name
+  for name in initboot initboot-dev sidecar webhook registry tools; do
+    step "image $name" "$again" "$HACK/images.sh" "$name"
+  done
+  step "command cloister" "$again" "$HACK/cli.sh"
+}
+
+install() {
+  images
+  step "Cloister in the cluster" "kubectl -n cloister-system describe pods" "$HACK/install.sh"
+  step "registry in the cluster" "kubectl -n cloister-registry describe pods" "$HACK/registry.sh" deploy
+  step "sample image: Debian's nginx" "$again" "$HACK/nginx-rootfs.sh"
+  step "sample image in the registry" "$again" "$HACK/registry.sh" push
+}
+
+case ${1:-} in
+cluster | images | install) "$1" ;;
+*) die "usage: up.sh cluster|images|install" ;;
+esac

@@ -1,0 +1,13 @@
+#!/bin/bash
+# `make verify`: the tree is formatted and vetted, and the generated code is what the protocol files give.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$REPO"
+unformatted=$(gofmt -l $(go list -f '{{.Dir}}' ./...))
+[ -z "$unformatted" ] || die "not formatted, run gofmt -w: $unformatted"
+go vet ./...
+fresh=$(mktemp -d)
+trap 'rm -rf "$fresh"' EXIT
+"$HACK/generate.sh" "$fresh"
+(cd "$fresh" && find . -name '*.pb.go') | while read -r f; do
+  cmp -s "$fresh/$f" "$f" || die "$f is not what its .proto gives: run make generate"
+done
