@@ -1,0 +1,280 @@
+package boot
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"cloister.dev/cloister/attestation"
+	"cloister.dev/cloister/eif"
+	"cloister.dev/cloister/initboot/driver"
+	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/vsock"
+	"cloister.dev/cloister/workload"
+)
+
+const (
+	// heartbeatTimeout is how long a started enclave may take to report on port 9000. With AF_VSOCK the
+	// port is the node's, so another pod's boot waits that long at most.
+	heartbeatTimeout = 20 * time.Second
+	// configureTimeout bounds Configure, which measures the manifest and asks for one document.
+	configureTimeout = 30 * time.Second
+	// endTimeout is how long the end of the control channel waits for the driver's word on why.
+	endTimeout = 100 * time.Millisecond
+
+	// firstPort is the lowest vsock port that is not a containerPort.
+	firstPort = 1 << 16
+)
+
+// errClosed is why the context of an enclave ended that was stopped on purpose.
+var errClosed = errors.New("the enclave was stopped")
+
+// enclave is one generation.
+type enclave struct {
+	cfg        Config
+	generation uint64
+
+	// ctx ends with the enclave; its cause says why in a sentence.
+	ctx  context.Context
+	lose context.CancelCauseFunc
+
+	undos        []func()
+	measurements *eif.Measurements
+	driver       driver.Enclave
+	secret       vsock.Secret
+	ports        *channel.HostPorts
+	control      net.Listener
+	client       channel.EnclaveClient
+}
+
+// step is one part of a boot.
+type step struct {
+	// name completes "cannot …" for people.
+	name string
+	// do registers with undo how to take back what it did, also what it did before it failed.
+	do func(e *enclave) error
+}
+
+// steps of a boot, in order.
+var steps = []step{
+	{"read the configuration", (*enclave).checkConfig},
+	{"check the enclave image", (*enclave).checkImage},
+	{"open the enclave's host ports", (*enclave).openPorts},
+	{"start the enclave", (*enclave).start},
+	{"hear from the enclave", (*enclave).connect},
+	{"hand over the workload manifest", (*enclave).configure},
+}
+
+func newEnclave(ctx context.Context, cfg Config, generation uint64) *enclave {
+	e := &enclave{cfg: cfg, generation: generation, secret: vsock.NewSecret()}
+	e.ctx, e.lose = context.WithCancelCause(ctx)
+	return e
+}
+
+// boot does all steps, and tells progress of each as it begins. The caller must close e whatever
+// happens.
+func (e *enclave) boot(progress func(step string)) error {
+	for _, s := range steps {
+		progress(s.name)
+		err := s.do(e)
+		if e.ctx.Err() != nil { // then the step's own error is only a consequence
+			err = context.Cause(e.ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot %s: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+// undo registers what close must do, in reverse order.
+func (e *enclave) undo(f func()) { e.undos = append(e.undos, f) }
+
+// close ends the enclave and takes back everything that was done for it.
+func (e *enclave) close() {
+	e.lose(errClosed)
+	for _, f := range slices.Backward(e.undos) {
+		f()
+	}
+	e.undos = nil
+}
+
+func (e *enclave) checkConfig() error { return e.cfg.Invalid }
+
+// checkImage measures the EIF, and refuses one that asks for an NSM that cannot be had.
+func (e *enclave) checkImage() error {
+	image, err := eif.Open(e.cfg.EIF)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	cmdline, err := image.Cmdline()
+	if err != nil {
+		return err
+	}
+	if slices.Contains(strings.Fields(cmdline), "cloister.nsm=dev") && e.cfg.NSM == nil {
+		return errors.New("the EIF's command line asks for the development NSM (cloister.nsm=dev), which a release of initboot does not have: use an EIF for the NSM device, or the initboot-dev image")
+	}
+	e.measurements, err = image.Measure()
+	return err
+}
+
+// openPorts binds every port that the enclave will dial, before it can dial.
+func (e *enclave) openPorts() error {
+	var err error
+	if e.driver, err = e.cfg.Driver.Create(e.generation); err != nil {
+		return err
+	}
+	e.undo(func() {
+		if err := e.driver.Stop(); err != nil {
+			e.cfg.Log.Error("stop enclave", "generation", e.generation, "error", err)
+		}
+	})
+	if e.control, err = e.driver.Listen(channel.Port); err != nil {
+		return fmt.Errorf("listen on port %d: %w", channel.Port, err)
+	}
+	e.undo(func() { e.control.Close() })
+
+	content, contentPort, err := e.listenAny()
+	if err != nil {
+		return err
+	}
+	server := &http.Server{
+		Handler:           e.cfg.Content,
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          log.New(discard{}, "", 0),
+	}
+	go server.Serve(content)
+	e.undo(func() { server.Close() })
+	e.ports = &channel.HostPorts{Content: contentPort}
+
+	if e.cfg.NSM == nil {
+		return nil
+	}
+	nsm, nsmPort, err := e.listenAny()
+	if err != nil {
+		return err
+	}
+	serve := e.cfg.NSM(e.measurements)
+	go func() {
+		for {
+			c, err := nsm.Accept()
+			if err != nil {
+				return
+			}
+			stop := context.AfterFunc(e.ctx, func() { c.Close() })
+			go func() {
+				defer stop()
+				defer c.Close()
+				serve(c)
+			}()
+		}
+	}()
+	e.undo(func() { nsm.Close() })
+	e.ports.Nsm = nsmPort
+	return nil
+}
+
+// discard drops what net/http logs about connections of the enclave that end in the middle.
+type discard struct{}
+
+func (discard) Write(b []byte) (int, error) { return len(b), nil }
+
+// listenAny listens on a free host port above all containerPorts, behind the enclave's secret.
+func (e *enclave) listenAny() (net.Listener, uint32, error) {
+	var err error
+	for range 10 {
+		port := firstPort + rand.Uint32N(1<<31)
+		var l net.Listener
+		if l, err = e.driver.Listen(port); err == nil {
+			return e.secret.Listen(l, port), port, nil
+		}
+	}
+	return nil, 0, fmt.Errorf("listen on a free host port: %w", err)
+}
+
+func (e *enclave) start() error {
+	err := e.driver.Start(e.ctx, driver.Image{EIF: e.cfg.EIF, Memory: e.cfg.Memory, Console: e.cfg.Console})
+	if err != nil {
+		return err
+	}
+	go func() { e.lose(e.driver.Wait()) }()
+	return nil
+}
+
+// connect takes the one connection on port 9000, which becomes the control channel.
+func (e *enclave) connect() error {
+	ctx, cancel := context.WithTimeout(e.ctx, heartbeatTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { e.control.Close() })
+	c, err := e.control.Accept()
+	stop()
+	e.control.Close()
+	if err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("it did not connect to port %d within %s; its console is in this log", channel.Port, heartbeatTimeout)
+		}
+		return err
+	}
+	stop = context.AfterFunc(e.ctx, func() { c.Close() })
+	defer stop()
+	var (
+		client *grpc.ClientConn
+		done   <-chan struct{}
+	)
+	if client, done, err = channel.NewClient(c); err != nil {
+		return err
+	}
+	e.undo(func() { client.Close() })
+	e.client = channel.NewEnclaveClient(client)
+	go func() {
+		<-done
+		// The process of a dead enclave takes a moment longer, and knows more.
+		select {
+		case <-e.ctx.Done():
+		case <-time.After(endTimeout):
+			e.lose(errors.New("the enclave has closed its control channel"))
+		}
+	}()
+	return nil
+}
+
+// configure hands over the manifest and compares the registers that the enclave shows. This is no
+// trust decision, which is the clients'; it finds a wrong EIF or manifest before they do.
+func (e *enclave) configure() error {
+	ctx, cancel := context.WithTimeout(e.ctx, configureTimeout)
+	defer cancel()
+	r, err := e.client.Configure(ctx, &channel.ConfigureRequest{Manifest: e.cfg.Manifest, Secret: e.secret, Ports: e.ports})
+	if err != nil {
+		return errors.New(message(err))
+	}
+	doc, err := attestation.ParseUnverified(r.GetDocument())
+	if err != nil {
+		return err
+	}
+	for _, pcr := range []struct {
+		index uint
+		want  []byte
+		of    string
+	}{
+		{0, e.measurements.PCR0, "the EIF"},
+		{1, e.measurements.PCR1, "the EIF"},
+		{2, e.measurements.PCR2, "the EIF"},
+		{16, workload.PCR16(e.cfg.Manifest), "the workload manifest"},
+	} {
+		if got := doc.PCRs[pcr.index]; !bytes.Equal(got, pcr.want) {
+			return fmt.Errorf("the enclave shows PCR%d %x, but %s gives %x", pcr.index, got, pcr.of, pcr.want)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,177 @@
+package console
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/podsock"
+)
+
+const (
+	// ExitLost is the exit code when the enclave was lost: what container runtimes use when they fail
+	// themselves.
+	ExitLost = 125
+	// exitTerminated is 128 and SIGTERM, exitKilled 128 and SIGKILL.
+	exitTerminated = 128 + 15
+	exitKilled     = 128 + 9
+
+	// maxMargin is what the console keeps of the grace period to report the workload's end before the
+	// kubelet kills it.
+	maxMargin = 2 * time.Second
+	// retry is the pause between tries to begin the run.
+	retry = 500 * time.Millisecond
+)
+
+// Console runs one workload.
+type Console struct {
+	Pod podsock.PodClient
+	// Stdout and Stderr get the workload's bytes, and nothing else.
+	Stdout, Stderr io.Writer
+	// Grace is the pod's grace period.
+	Grace time.Duration
+
+	mu      sync.Mutex
+	started time.Time // of the workload
+}
+
+// Dial returns a connection to initboot's socket, which need not be there yet: calls fail until it is,
+// or wait for it with grpc.WaitForReady. The caller closes it.
+func Dial(socket string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix://"+socket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithIdleTimeout(0),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+		}),
+	)
+}
+
+// Run runs the workload and returns the exit code and, where it does not speak for itself, a sentence
+// for the termination message. It tries for ever to begin the run, but never begins a second one. When
+// stop ends it stops the workload, and returns within the grace period.
+func (c *Console) Run(stop context.Context) (code int, message string) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	overdue := make(chan struct{})
+	defer context.AfterFunc(stop, func() { c.stop(ctx, overdue) })()
+
+	type result struct {
+		code    int
+		message string
+	}
+	ended := make(chan result, 1)
+	go func() {
+		for {
+			exited, begun, err := c.follow(ctx)
+			switch {
+			case exited != nil:
+				ended <- result{int(exited.GetCode()), exited.GetMessage()}
+				return
+			case begun:
+				ended <- result{ExitLost, lost(err)}
+				return
+			case stop.Err() != nil:
+				ended <- result{exitTerminated, "the pod was stopped before the workload was started"}
+				return
+			}
+			select {
+			case <-stop.Done():
+			case <-ctx.Done():
+				return
+			case <-time.After(retry):
+			}
+		}
+	}()
+	select {
+	case r := <-ended:
+		return r.code, r.message
+	case <-overdue:
+		return exitKilled, "the workload did not end within the grace period: it is killed with its enclave"
+	}
+}
+
+// lost is the sentence for a run that broke.
+func lost(err error) string {
+	if errors.Is(err, io.EOF) {
+		return "initboot ended the run without an exit code"
+	}
+	return status.Convert(err).Message()
+}
+
+// follow asks for the run and copies its output until it ends. Begun says that the enclave may have
+// started the workload.
+func (c *Console) follow(ctx context.Context) (exited *channel.Exited, begun bool, err error) {
+	stream, err := c.Pod.Run(ctx, &podsock.RunRequest{})
+	if err != nil {
+		return nil, false, err
+	}
+	for {
+		ev, err := stream.Recv()
+		if err != nil {
+			return nil, begun, err
+		}
+		begun = true
+		switch ev := ev.Event.(type) {
+		case *channel.RunEvent_Output:
+			w := c.Stdout
+			if ev.Output.GetStream() == channel.Output_STREAM_STDERR {
+				w = c.Stderr
+			}
+			// Where nobody reads any more the workload runs on, as in any container.
+			w.Write(ev.Output.GetData())
+		case *channel.RunEvent_Started:
+			c.mu.Lock()
+			c.started = time.Now()
+			c.mu.Unlock()
+		case *channel.RunEvent_Exited:
+			return ev.Exited, true, nil
+		}
+	}
+}
+
+// stop asks initboot to stop the workload within the grace period, a third of which is for clients to
+// leave. It closes overdue when that was not enough.
+func (c *Console) stop(ctx context.Context, overdue chan<- struct{}) {
+	budget := c.Grace - min(maxMargin, c.Grace/2)
+	drain := c.Grace / 3
+	// Half of the margin is for the last output to arrive.
+	late := time.AfterFunc(budget+(c.Grace-budget)/2, func() { close(overdue) })
+	context.AfterFunc(ctx, func() { late.Stop() })
+	for ctx.Err() == nil {
+		// A failure is one of the run too, which reports it. Once more, since the run may have reached
+		// initboot after the stop.
+		c.Pod.Stop(ctx, &channel.StopRequest{
+			DrainMs: uint32(drain.Milliseconds()),
+			GraceMs: uint32((budget - drain).Milliseconds()),
+		})
+		select {
+		case <-ctx.Done():
+		case <-time.After(retry):
+		}
+	}
+}
+
+// running returns for how long the workload has run.
+func (c *Console) running() (time.Duration, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.started.IsZero() {
+		return 0, false
+	}
+	return time.Since(c.started), true
+}
+
+// WriteMessage writes a termination message, which the kubelet cuts at 4096 bytes.
+func WriteMessage(path, message string) error {
+	return os.WriteFile(path, []byte(message+"\n"), 0o644)
+}

@@ -1,0 +1,303 @@
+//go:build devnsm
+
+// Package nsm is a development NSM: it answers the requests of a Nitro Security Module and signs
+// documents with a root of its own. It exists only in builds with the tag devnsm, so that a release of
+// initboot cannot sign.
+//
+// Sources: aws-nitro-enclaves-nsm-api, src/api/mod.rs (requests, answers, errors) and
+// docs/attestation_process.md (limits); qemu, hw/virtio/virtio-nsm.c (which error when).
+package nsm
+
+import (
+	"crypto/rand"
+	"crypto/sha512"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"cloister.dev/cloister/eif"
+	"cloister.dev/cloister/internal/cbor"
+	"cloister.dev/cloister/internal/nsmdev"
+)
+
+const (
+	registers    = 32
+	firstFree    = 16 // PCR0 to PCR15 are locked before the enclave runs
+	registerSize = sha512.Size384
+
+	// maxRequest is the largest request in bytes (linux, drivers/misc/nsm.c).
+	maxRequest = 0x1000
+	randomSize = 256 // bytes of a GetRandom
+
+	maxUserData  = 512 // bytes, of user data and of the nonce
+	maxPublicKey = 1024
+
+	boolFalse, boolTrue = 0xf4, 0xf5 // RFC 8949, section 3.3
+)
+
+// code is an error of the device (ErrorCode in src/api/mod.rs).
+type code string
+
+func (c code) Error() string { return string(c) }
+
+const (
+	invalidArgument  code = "InvalidArgument"
+	invalidIndex     code = "InvalidIndex"
+	readOnlyIndex    code = "ReadOnlyIndex"
+	invalidOperation code = "InvalidOperation"
+	inputTooLarge    code = "InputTooLarge"
+	internalError    code = "InternalError"
+)
+
+// NSM is the module of one enclave.
+type NSM struct {
+	signer   *nsmdev.Signer
+	moduleID string
+
+	mu     sync.Mutex // the real one is serial too
+	pcrs   [registers][registerSize]byte
+	locked [registers]bool
+}
+
+// New returns the module of an enclave that was booted from an image with these measurements.
+func New(signer *nsmdev.Signer, m *eif.Measurements) *NSM {
+	id := make([]byte, 8)
+	rand.Read(id)
+	n := &NSM{signer: signer, moduleID: "i-development-enc" + hex.EncodeToString(id)}
+	for i, value := range map[int][]byte{0: m.PCR0, 1: m.PCR1, 2: m.PCR2, 8: m.PCR8} {
+		copy(n.pcrs[i][:], value)
+	}
+	for i := range firstFree {
+		n.locked[i] = true
+	}
+	return n
+}
+
+// Serve answers the requests on rw until it ends. Each request and each answer is its length in 4 bytes,
+// big-endian, and the CBOR that the device takes and gives.
+func (n *NSM) Serve(rw io.ReadWriter) error {
+	for {
+		size := make([]byte, 4)
+		if _, err := io.ReadFull(rw, size); err != nil {
+			return err
+		}
+		length := binary.BigEndian.Uint32(size)
+		if length > maxRequest {
+			rw.Write(frame(failure(inputTooLarge)))
+			return fmt.Errorf("read NSM request: it has %d bytes, more than %d", length, maxRequest)
+		}
+		request := make([]byte, length)
+		if _, err := io.ReadFull(rw, request); err != nil {
+			return err
+		}
+		if _, err := rw.Write(frame(n.Answer(request))); err != nil {
+			return err
+		}
+	}
+}
+
+func frame(b []byte) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)
+}
+
+// Answer returns the answer to one request, both in CBOR.
+func (n *NSM) Answer(request []byte) []byte {
+	r, err := parse(request)
+	if err != nil {
+		return failure(invalidArgument)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	answer, failed := n.do(r)
+	if failed != "" {
+		return failure(failed)
+	}
+	return answer
+}
+
+// failure is {"Error": code}.
+func failure(c code) []byte {
+	return cbor.AppendText(cbor.AppendText(cbor.AppendMap(nil, 1), "Error"), string(c))
+}
+
+// request is any request; fields that it does not have are zero.
+type request struct {
+	name                       string
+	fields                     map[string]bool // which there are
+	index                      uint64          // also the range of LockPCRs
+	data                       []byte
+	userData, nonce, publicKey []byte
+}
+
+// parse reads a request: a text string, or a map from it to its fields.
+func parse(b []byte) (*request, error) {
+	r := &request{fields: map[string]bool{}}
+	d := cbor.NewDecoder(b)
+	var err error
+	if r.name, err = d.Text(); err == nil {
+		return r, d.End()
+	}
+	entries := 0
+	err = d.Map(func() (err error) {
+		if entries++; entries > 1 {
+			return invalidArgument
+		}
+		if r.name, err = d.Text(); err != nil {
+			return err
+		}
+		return d.Map(func() error { return r.field(d) })
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, d.End()
+}
+
+func (r *request) field(d *cbor.Decoder) error {
+	key, err := d.Text()
+	if err != nil {
+		return err
+	}
+	if r.fields[key] {
+		return invalidArgument
+	}
+	r.fields[key] = true
+	switch key {
+	case "index", "range":
+		r.index, err = d.Uint()
+	case "data":
+		r.data, err = d.Bytes()
+	case "user_data":
+		r.userData, err = d.OptionalBytes()
+	case "nonce":
+		r.nonce, err = d.OptionalBytes()
+	case "public_key":
+		r.publicKey, err = d.OptionalBytes()
+	default:
+		err = invalidArgument
+	}
+	return err
+}
+
+// has reports whether the request has exactly these fields.
+func (r *request) has(fields ...string) bool {
+	for _, f := range fields {
+		if !r.fields[f] {
+			return false
+		}
+	}
+	return len(r.fields) == len(fields)
+}
+
+// only reports whether the request has no other fields than these.
+func (r *request) only(fields ...string) bool {
+	for f := range r.fields {
+		if !slices.Contains(fields, f) {
+			return false
+		}
+	}
+	return true
+}
+
+// do carries out a request. The caller holds mu.
+func (n *NSM) do(r *request) ([]byte, code) {
+	switch {
+	case r.name == "DescribeNSM" && r.has():
+		return n.describe(), ""
+	case r.name == "GetRandom" && r.has():
+		random := make([]byte, randomSize)
+		rand.Read(random)
+		b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), r.name), 1)
+		return cbor.AppendBytes(cbor.AppendText(b, "random"), random), ""
+	case r.name == "DescribePCR" && r.has("index"):
+		if r.index >= registers {
+			return nil, invalidIndex
+		}
+		lock := byte(boolFalse)
+		if n.locked[r.index] {
+			lock = boolTrue
+		}
+		b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), r.name), 2)
+		b = append(cbor.AppendText(b, "lock"), lock)
+		return cbor.AppendBytes(cbor.AppendText(b, "data"), n.pcrs[r.index][:]), ""
+	case r.name == "ExtendPCR" && r.has("index", "data"):
+		if r.index >= registers {
+			return nil, invalidIndex
+		}
+		if n.locked[r.index] {
+			return nil, readOnlyIndex
+		}
+		n.pcrs[r.index] = sha512.Sum384(slices.Concat(n.pcrs[r.index][:], r.data))
+		b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), r.name), 1)
+		return cbor.AppendBytes(cbor.AppendText(b, "data"), n.pcrs[r.index][:]), ""
+	case r.name == "LockPCR" && r.has("index"):
+		if r.index >= registers {
+			return nil, invalidIndex
+		}
+		if n.locked[r.index] {
+			return nil, readOnlyIndex
+		}
+		n.locked[r.index] = true
+		return cbor.AppendText(nil, r.name), ""
+	case r.name == "LockPCRs" && r.has("range"):
+		if r.index > registers {
+			return nil, invalidIndex
+		}
+		for i := range r.index {
+			n.locked[i] = true
+		}
+		return cbor.AppendText(nil, r.name), ""
+	case r.name == "Attestation" && r.only("user_data", "nonce", "public_key"):
+		return n.attest(r)
+	}
+	if slices.Contains([]string{"DescribeNSM", "GetRandom", "DescribePCR", "ExtendPCR", "LockPCR", "LockPCRs", "Attestation"}, r.name) {
+		return nil, invalidArgument
+	}
+	return nil, invalidOperation
+}
+
+func (n *NSM) describe() []byte {
+	b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), "DescribeNSM"), 7)
+	b = cbor.AppendUint(cbor.AppendText(b, "version_major"), 1)
+	b = cbor.AppendUint(cbor.AppendText(b, "version_minor"), 0)
+	b = cbor.AppendUint(cbor.AppendText(b, "version_patch"), 0)
+	b = cbor.AppendText(cbor.AppendText(b, "module_id"), n.moduleID)
+	b = cbor.AppendUint(cbor.AppendText(b, "max_pcrs"), registers)
+	var locked []uint64
+	for i, l := range n.locked {
+		if l {
+			locked = append(locked, uint64(i))
+		}
+	}
+	b = cbor.AppendArray(cbor.AppendText(b, "locked_pcrs"), len(locked))
+	for _, i := range locked {
+		b = cbor.AppendUint(b, i)
+	}
+	return cbor.AppendText(cbor.AppendText(b, "digest"), "SHA384")
+}
+
+// attest signs a document of the locked registers.
+func (n *NSM) attest(r *request) ([]byte, code) {
+	if len(r.userData) > maxUserData || len(r.nonce) > maxUserData || len(r.publicKey) > maxPublicKey {
+		return nil, inputTooLarge
+	}
+	pcrs := map[uint][]byte{}
+	for i, l := range n.locked {
+		if l {
+			pcrs[uint(i)] = n.pcrs[i][:]
+		}
+	}
+	doc, err := n.signer.Sign(nsmdev.Document{
+		ModuleID: n.moduleID, Timestamp: time.Now(), PCRs: pcrs,
+		PublicKey: r.publicKey, UserData: r.userData, Nonce: r.nonce,
+	})
+	if err != nil {
+		return nil, internalError
+	}
+	b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), "Attestation"), 1)
+	return cbor.AppendBytes(cbor.AppendText(b, "document"), doc), ""
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"cloister.dev/cloister/initboot/boot"
+	"cloister.dev/cloister/initboot/content"
+	"cloister.dev/cloister/initboot/driver/process"
+	"cloister.dev/cloister/internal/podsock"
+	"cloister.dev/cloister/workload"
+)
+
+// serve boots the enclave and serves the pod socket until SIGTERM. It never gives up: what does not
+// work is tried again, and probe boot says why.
+func serve(args []string) int {
+	f := flags("serve")
+	driverName := f.String("driver", "process", "how the enclave is launched: `process`")
+	image := f.String("eif", "/base.eif", "enclave image `file`")
+	runDir := f.String("run-dir", "/run/cloister", "`folder` that the pod's containers of Cloister share")
+	cacheDir := f.String("cache-dir", "/var/cache/cloister", "`folder` of the image cache")
+	keyDir := f.String("dev-keys", "/etc/cloister/dev", "`folder` of the development NSM's root.pem and key.pem, in builds that have one")
+	if !parse(f, args, os.Stderr) {
+		return 2
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+
+	cfg := boot.Config{EIF: *image, Console: os.Stderr, Log: slog.Default()}
+	if *driverName == "process" {
+		cfg.Driver = process.Driver{Dir: *runDir}
+	} else {
+		cfg.Invalid = fmt.Errorf("there is no driver %q: --driver must be process", *driverName)
+	}
+	if err := configure(&cfg, *cacheDir, *keyDir); err != nil {
+		cfg.Invalid = errors.Join(cfg.Invalid, err)
+	}
+	machine := boot.New(cfg)
+	server := grpc.NewServer()
+	podsock.RegisterPodServer(server, machine)
+
+	var parts sync.WaitGroup
+	parts.Go(func() { machine.Serve(ctx) })
+	parts.Go(func() { servePod(ctx, server, filepath.Join(*runDir, "pod.sock")) })
+	<-ctx.Done()
+	slog.Info("shutting down")
+	parts.Wait()
+	return 0
+}
+
+// configure reads what the webhook put into the environment.
+func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
+	cfg.Manifest = []byte(os.Getenv("CLOISTER_MANIFEST"))
+	if len(cfg.Manifest) == 0 {
+		return errors.New("CLOISTER_MANIFEST is not set: it must be the workload manifest")
+	}
+	if cfg.Workload, err = workload.Parse(cfg.Manifest); err != nil {
+		return fmt.Errorf("CLOISTER_MANIFEST: %w", err)
+	}
+	cfg.Memory, err = strconv.ParseInt(os.Getenv("CLOISTER_MEMORY"), 10, 64)
+	if err != nil || cfg.Memory <= 0 {
+		return fmt.Errorf("CLOISTER_MEMORY is %q: it must be the enclave's memory in bytes, a decimal number", os.Getenv("CLOISTER_MEMORY"))
+	}
+	if cfg.Content, err = content.New(os.Getenv("CLOISTER_IMAGE"), cacheDir, cfg.Memory, cfg.Log); err != nil {
+		return fmt.Errorf("CLOISTER_IMAGE: %w", err)
+	}
+	cfg.NSM, err = devNSM(keyDir)
+	return err
+}
+
+// servePod serves the pod socket until ctx ends. It ends streams at once then: the enclave is gone.
+func servePod(ctx context.Context, server *grpc.Server, socket string) {
+	defer context.AfterFunc(ctx, server.Stop)()
+	for ctx.Err() == nil {
+		l, err := listenPod(socket)
+		if err == nil {
+			err = server.Serve(l)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		slog.Error("serve pod socket", "path", socket, "error", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// listenPod listens on the pod socket, in place of one that a former initboot left.
+func listenPod(socket string) (net.Listener, error) {
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	// Console and sidecar have uids of their own; only they mount the folder.
+	if err := os.Chmod(socket, 0o666); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
