@@ -1,0 +1,41 @@
+// Node is what the end-to-end tests run on the cluster's node: the untrusted host, and clients inside
+// the cluster's network.
+//
+//	node record DIR          puts itself between sidecar and enclave, prints all bytes at the end
+//	node handshakes ADDR     one TLS handshake every 50 ms, a line of JSON for each
+//	node registry FLAGS      a registry that is slow or wrong
+//	node load FLAGS          two clients that never stop asking
+//
+// Every command prints one line when it is ready and runs until its standard input ends, so that
+// none outlives its test.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "node:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	commands := map[string]func(context.Context, []string) error{
+		"record": record, "handshakes": handshakes, "registry": registry, "load": load,
+	}
+	if len(args) == 0 || commands[args[0]] == nil {
+		return errors.New("want record, handshakes, registry or load")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		cancel()
+	}()
+	return commands[args[0]](ctx, args[1:])
+}

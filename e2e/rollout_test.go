@@ -1,0 +1,67 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Two replicas are replaced one by one under two clients that verify every connection, one that
+// connects for each request and one that keeps an HTTP/2 connection: no request fails.
+func TestRollout(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	pod := c.appPod(t, "app")
+	pod.Spec.Containers[0].ReadinessProbe = httpProbe("/check/ready", 8080)
+	pod.Spec.TerminationGracePeriodSeconds = new(int64(15))
+	d := deployment(pod, 2)
+	set, _ := c.measure(t, d)
+	ns.create(t, d)
+	ns.create(t, service("app", 8080))
+	old := ns.ready(t, "app", 2)
+
+	svc, err := c.kube.CoreV1().Services(ns.name).Get(t.Context(), "app", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for from, to := range map[string]string{set: "/tmp/e2e-measurements.json", c.root: "/tmp/e2e-root.pem"} {
+		content, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.writeOnNode(t.Context(), to, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	clients, _ := c.start(t, "load", "-addr", svc.Spec.ClusterIP+":443", "-measurements", "/tmp/e2e-measurements.json", "-root", "/tmp/e2e-root.pem")
+
+	output(t, "kubectl", "-n", ns.name, "rollout", "restart", "deployment/app")
+	output(t, "kubectl", "-n", ns.name, "rollout", "status", "deployment/app", "--timeout=180s")
+	for _, p := range old {
+		output(t, "kubectl", "-n", ns.name, "wait", "--for=delete", "pod/"+p.Name, "--timeout=60s")
+	}
+
+	var results map[string]struct {
+		Requests, Connections int
+		Failures              []string
+		Protocol              string
+	}
+	if err := json.Unmarshal(clients.stop(t), &results); err != nil {
+		t.Fatal(err)
+	}
+	for name, r := range results {
+		t.Logf("%s: %d requests over %d connections, %s", name, r.Requests, r.Connections, r.Protocol)
+		for _, f := range r.Failures {
+			t.Errorf("%s: a request failed: %s", name, f)
+		}
+	}
+	fresh, kept := results["fresh"], results["kept"]
+	if fresh.Connections != fresh.Requests || fresh.Requests < 20 {
+		t.Errorf("the client with new connections made %d requests over %d connections", fresh.Requests, fresh.Connections)
+	}
+	if kept.Protocol != "HTTP/2.0" || kept.Connections < 2 || kept.Connections > 10 {
+		t.Errorf("the client that keeps its connection used %s and %d connections: it must have moved, and only when it had to", kept.Protocol, kept.Connections)
+	}
+}

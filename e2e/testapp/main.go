@@ -1,0 +1,139 @@
+// Testapp is the workload of the end-to-end tests: an HTTP server that can be told to misbehave.
+//
+//	testapp serve [-listen :8080,…] [-after 0s]   serves until SIGTERM
+//	testapp exit CODE                             ends at once
+//	testapp exists FILE                           exec probe: fails if the file does not exist
+//
+// The server answers
+//
+//	/echo            the request's body, or its query
+//	/count           how often /echo was asked
+//	/env?name=N      the value of an environment variable
+//	/check/N         200, or 503 after /break/N, until /mend/N
+//	/touch?file=F    makes a file
+//	/remove?file=F   removes it
+//	/exit?code=N     answers, then ends with code N
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+func main() {
+	code, err := run(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testapp:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(args []string) (int, error) {
+	if len(args) == 0 {
+		return 0, errors.New("want serve, exit or exists")
+	}
+	switch args[0] {
+	case "exists":
+		_, err := os.Stat(args[1])
+		return 0, err
+	case "exit":
+		fmt.Println("testapp: started")
+		return strconv.Atoi(args[1])
+	case "serve":
+		fmt.Println("testapp: started")
+		return serve(args[1:])
+	}
+	return 0, fmt.Errorf("unknown command %q", args[0])
+}
+
+// serve answers requests until SIGTERM (exit code 0) or /exit.
+func serve(args []string) (int, error) {
+	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
+	listen := flags.String("listen", ":8080", "addresses, separated by commas")
+	after := flags.Duration("after", 0, "wait before listening")
+	if err := flags.Parse(args); err != nil {
+		return 0, err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	select {
+	case <-time.After(*after):
+	case <-ctx.Done():
+		return 0, nil
+	}
+	exit := make(chan int, 1)
+	server := &http.Server{Handler: handler(exit)}
+	failed := make(chan error, 1)
+	for addr := range strings.SplitSeq(*listen, ",") {
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			return 0, err
+		}
+		go func() { failed <- server.Serve(l) }()
+	}
+	fmt.Println("testapp: listening")
+
+	code := 0
+	select {
+	case err := <-failed:
+		return 0, err
+	case code = <-exit:
+	case <-ctx.Done():
+	}
+	fmt.Println("testapp: stopping")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	return code, server.Shutdown(ctx)
+}
+
+// handler serves what the package's comment lists; exit gets the code of /exit.
+func handler(exit chan<- int) http.Handler {
+	var echoed atomic.Int64
+	var broken sync.Map // names of checks
+	mux := http.NewServeMux()
+	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+		echoed.Add(1)
+		if n, _ := io.Copy(w, r.Body); n == 0 {
+			io.WriteString(w, r.URL.RawQuery)
+		}
+	})
+	mux.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, echoed.Load()) })
+	mux.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, os.Getenv(r.FormValue("name"))) })
+	mux.HandleFunc("/check/{name}", func(w http.ResponseWriter, r *http.Request) {
+		if _, ok := broken.Load(r.PathValue("name")); ok {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	mux.HandleFunc("/break/{name}", func(w http.ResponseWriter, r *http.Request) { broken.Store(r.PathValue("name"), nil) })
+	mux.HandleFunc("/mend/{name}", func(w http.ResponseWriter, r *http.Request) { broken.Delete(r.PathValue("name")) })
+	mux.HandleFunc("/touch", func(w http.ResponseWriter, r *http.Request) { report(w, os.WriteFile(r.FormValue("file"), nil, 0o600)) })
+	mux.HandleFunc("/remove", func(w http.ResponseWriter, r *http.Request) { report(w, os.Remove(r.FormValue("file"))) })
+	mux.HandleFunc("/exit", func(w http.ResponseWriter, r *http.Request) {
+		code, err := strconv.Atoi(r.FormValue("code"))
+		report(w, err)
+		if err == nil {
+			exit <- code
+		}
+	})
+	return mux
+}
+
+func report(w http.ResponseWriter, err error) {
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	}
+}
