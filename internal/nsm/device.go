@@ -19,7 +19,11 @@ type device struct {
 
 // OpenDevice opens /dev/nsm. A request that the device has begun cannot be interrupted.
 func OpenDevice() (Provider, error) {
-	session, err := nsm.OpenDefaultSession()
+	return openSession(nsm.DefaultOptions)
+}
+
+func openSession(options nsm.Options) (Provider, error) {
+	session, err := nsm.OpenSession(options)
 	if err != nil {
 		return nil, fmt.Errorf("open the security module: %w", err)
 	}

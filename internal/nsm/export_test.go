@@ -1,0 +1,4 @@
+package nsm
+
+// OpenSession is OpenDevice with another device.
+var OpenSession = openSession
