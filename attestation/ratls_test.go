@@ -161,28 +161,28 @@ func TestClientConfigRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := map[string]struct {
-		server tls.Config
+		server *tls.Config
 		rule   Rule
 		want   string // text of an *Error of the rule, or of another error if rule is empty
 	}{
-		"a relay's key with the enclave's document": {tls.Config{Certificates: []tls.Certificate{certificate(t, relay, e.document(t, UserDataServer))}}, RulePublicKey, "public_key is not the expected one"},
-		"the enclave's certificate without its key": {tls.Config{Certificates: []tls.Certificate{{Certificate: good.Certificate, PrivateKey: relay}}}, "", ""},
-		"a document of a client":                    {tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, UserDataClient))}}, RuleUserData, "user_data"},
-		"user data with more at its end":            {tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, UserDataServer+"\n"))}}, RuleUserData, "user_data"},
-		"no user data":                              {tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, ""))}}, RuleUserData, "user_data"},
-		"too old":                                   {tls.Config{Certificates: []tls.Certificate{old.certificate(t)}}, RuleAge, "15m1s old"},
-		"another root":                              {tls.Config{Certificates: []tls.Certificate{stranger.certificate(t)}}, RuleChain, "not signed by"},
-		"an expired certificate":                    {tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{expired}, PrivateKey: e.key}}}, RuleCertificate, "the certificate is valid from"},
-		"an ordinary certificate":                   {tls.Config{Certificates: []tls.Certificate{plain()}}, RuleCertificate, "without an attestation document"},
-		"an empty extension":                        {tls.Config{Certificates: []tls.Certificate{plain(pkix.Extension{Id: oidCMW})}}, RuleCertificate, "not a wrapped Nitro document"},
-		"a chain":                                   {tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{good.Certificate[0], good.Certificate[0]}, PrivateKey: e.key}}}, RuleCertificate, "2 certificates"},
-		"TLS 1.2":                                   {tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS12}, "", "protocol version"},
-		"the request selected as protocol":          {tls.Config{Certificates: []tls.Certificate{good}, NextProtos: []string{ALPN}}, RuleCertificate, `selected "cloister/1"`},
+		"a relay's key with the enclave's document": {&tls.Config{Certificates: []tls.Certificate{certificate(t, relay, e.document(t, UserDataServer))}}, RulePublicKey, "public_key is not the expected one"},
+		"the enclave's certificate without its key": {&tls.Config{Certificates: []tls.Certificate{{Certificate: good.Certificate, PrivateKey: relay}}}, "", ""},
+		"a document of a client":                    {&tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, UserDataClient))}}, RuleUserData, "user_data"},
+		"user data with more at its end":            {&tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, UserDataServer+"\n"))}}, RuleUserData, "user_data"},
+		"no user data":                              {&tls.Config{Certificates: []tls.Certificate{certificate(t, e.key, e.document(t, ""))}}, RuleUserData, "user_data"},
+		"too old":                                   {&tls.Config{Certificates: []tls.Certificate{old.certificate(t)}}, RuleAge, "15m1s old"},
+		"another root":                              {&tls.Config{Certificates: []tls.Certificate{stranger.certificate(t)}}, RuleChain, "not signed by"},
+		"an expired certificate":                    {&tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{expired}, PrivateKey: e.key}}}, RuleCertificate, "the certificate is valid from"},
+		"an ordinary certificate":                   {&tls.Config{Certificates: []tls.Certificate{plain()}}, RuleCertificate, "without an attestation document"},
+		"an empty extension":                        {&tls.Config{Certificates: []tls.Certificate{plain(pkix.Extension{Id: oidCMW})}}, RuleCertificate, "not a wrapped Nitro document"},
+		"a chain":                                   {&tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{good.Certificate[0], good.Certificate[0]}, PrivateKey: e.key}}}, RuleCertificate, "2 certificates"},
+		"TLS 1.2":                                   {&tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS12}, "", "protocol version"},
+		"the request selected as protocol":          {&tls.Config{Certificates: []tls.Certificate{good}, NextProtos: []string{ALPN}}, RuleCertificate, `selected "cloister/1"`},
 	}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
 			client := e.verifier(t).ClientConfig(&tls.Config{Time: at(testTime)})
-			_, got, err := handshake(t, client, &tc.server)
+			_, got, err := handshake(t, client, tc.server)
 			if tc.rule != "" {
 				wantRule(t, err, tc.rule, tc.want)
 			} else if err == nil || !strings.Contains(err.Error(), tc.want) {

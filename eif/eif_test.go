@@ -294,17 +294,19 @@ func TestReaderRefuses(t *testing.T) {
 		"unlisted section": {valid(), func(b []byte) []byte {
 			return fixCRC(append(append(b, encodeSectionHeader(SectionRamdisk, 4)...), "evil"...))
 		}, "16 bytes follow the last section"},
-		"cut in a section":   {valid(), func(b []byte) []byte { return b[:len(b)-1] }, "do not fit into the file"},
-		"no kernel":          {assemble(cmdline, ramdisk), plain, "no kernel section"},
-		"two kernels":        {assemble(kernel, cmdline, kernel), plain, "2 kernel sections"},
-		"no cmdline":         {assemble(kernel, ramdisk), plain, "no cmdline section"},
-		"two cmdlines":       {assemble(kernel, cmdline, cmdline), plain, "2 cmdline sections"},
-		"two metadata":       {assemble(kernel, cmdline, rawSection{SectionMetadata, nil}, rawSection{SectionMetadata, nil}), plain, "2 metadata sections"},
-		"two signatures":     {assemble(kernel, cmdline, rawSection{SectionSignature, nil}, rawSection{SectionSignature, nil}), plain, "2 signature sections"},
-		"empty kernel":       {assemble(rawSection{SectionKernel, nil}, cmdline), plain, "kernel is empty"},
-		"checksum":           {valid(), func(b []byte) []byte { b[544]++; return b }, "the file is damaged"},
-		"one byte of kernel": {valid(), func(b []byte) []byte { b[560]++; return b }, "the file is damaged"},
-		"default memory":     {valid(), func(b []byte) []byte { b[15]++; return b }, "the file is damaged"},
+		"cut in a section":       {valid(), func(b []byte) []byte { return b[:len(b)-1] }, "do not fit into the file"},
+		"no kernel":              {assemble(cmdline, ramdisk), plain, "no kernel section"},
+		"two kernels":            {assemble(kernel, kernel, cmdline), plain, "2 kernel sections"},
+		"no cmdline":             {assemble(kernel, ramdisk), plain, "no cmdline section"},
+		"cmdline before kernel":  {assemble(cmdline, kernel, ramdisk), plain, "kernel section stands behind a cmdline section"},
+		"ramdisk before cmdline": {assemble(kernel, ramdisk, cmdline), plain, "cmdline section stands behind a ramdisk section"},
+		"two cmdlines":           {assemble(kernel, cmdline, cmdline), plain, "2 cmdline sections"},
+		"two metadata":           {assemble(kernel, cmdline, rawSection{SectionMetadata, nil}, rawSection{SectionMetadata, nil}), plain, "2 metadata sections"},
+		"two signatures":         {assemble(kernel, cmdline, rawSection{SectionSignature, nil}, rawSection{SectionSignature, nil}), plain, "2 signature sections"},
+		"empty kernel":           {assemble(rawSection{SectionKernel, nil}, cmdline), plain, "kernel is empty"},
+		"checksum":               {valid(), func(b []byte) []byte { b[544]++; return b }, "the file is damaged"},
+		"one byte of kernel":     {valid(), func(b []byte) []byte { b[560]++; return b }, "the file is damaged"},
+		"default memory":         {valid(), func(b []byte) []byte { b[15]++; return b }, "the file is damaged"},
 	}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {

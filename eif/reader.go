@@ -68,8 +68,8 @@ func Open(name string) (*Reader, error) {
 // It refuses a wrong magic number or version; sections that are not one gapless run from the header
 // to the end of the file in the order of the table, so that none overlaps, wraps around, leaves the
 // file or is unlisted; anything but one kernel and one command line, at most one metadata and one
-// signature section; a kernel, command line or ramdisk behind another part than AWS's builder puts
-// it; reserved fields that are not zero; and a wrong checksum.
+// signature section; kernel, command line and ramdisks in another order, for which AWS's tools
+// disagree about the registers; reserved fields that are not zero; and a wrong checksum.
 func NewReader(r io.ReaderAt, size int64) (*Reader, error) {
 	eif, err := newReader(r, size)
 	if err != nil {
@@ -175,11 +175,19 @@ func readSection(r io.ReaderAt, fileSize, next, offset, size uint64) (Section, e
 	return s, nil
 }
 
-// checkTypes checks which sections there are.
+// checkTypes checks which sections there are and the order of those that are measured.
 func (r *Reader) checkTypes() error {
 	count := map[SectionType]int{}
+	measured := SectionKernel
 	for _, s := range r.sections {
 		count[s.Type]++
+		if s.Type > SectionRamdisk {
+			continue
+		}
+		if s.Type < measured {
+			return fmt.Errorf("its %s section stands behind a %s section, but the order is kernel, cmdline, ramdisks", s.Type, measured)
+		}
+		measured = s.Type
 	}
 	for _, t := range []SectionType{SectionKernel, SectionCmdline} {
 		if count[t] == 0 {
