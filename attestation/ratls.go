@@ -213,8 +213,8 @@ func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
 	return config
 }
 
-// Document verifies an established connection and returns its document; after a handshake with
-// ClientConfig it answers from the cache.
+// Document verifies an established connection and returns its document, which must not be changed;
+// after a handshake with ClientConfig it answers from the cache.
 func (v *Verifier) Document(state tls.ConnectionState) (*Document, error) {
 	return v.verifyConnection(state, time.Now())
 }
