@@ -57,7 +57,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	var ops []Op
 	if n := len(console.Command) - 1; len(c.Command) == n+1 && strings.HasPrefix(c.Command[n], graceFlag) && c.Command[n] != console.Command[n] {
 		// Another webhook changed the grace period after us.
-		ops = append(ops, add(fmt.Sprintf("/spec/containers/%d/command/%d", index, n), console.Command[n]))
+		ops = append(ops, Op{Op: "replace", Path: fmt.Sprintf("/spec/containers/%d/command/%d", index, n), Value: console.Command[n]})
 		console.Command[n] = c.Command[n]
 	}
 	p.compare(cp, c, console)

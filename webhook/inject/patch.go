@@ -47,21 +47,23 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 		return ops, nil, errs
 	}
 
+	var raw struct {
+		Spec struct {
+			Volumes    []map[string]json.RawMessage `json:"volumes"`
+			Containers []json.RawMessage            `json:"containers"`
+		} `json:"spec"`
+	}
+	if err := decode(pod, &raw); err != nil {
+		return nil, nil, undecodable(err)
+	}
 	d, errs := decide(meta, spec)
+	errs = append(errs, unknownVolumes(spec, raw.Spec.Volumes, meta.Annotations[annotation.Enclave])...)
 	if len(errs) > 0 {
 		return nil, nil, errs
 	}
 	measured := measurements(d.canonical)
 	if v, ok := meta.Annotations[annotation.Measurements]; ok && v != measured {
 		return nil, nil, field.ErrorList{field.Forbidden(annotationsPath.Key(annotation.Measurements), "it is written by the webhook and is not what this pod measures to: remove it")}
-	}
-	var raw struct {
-		Spec struct {
-			Containers []json.RawMessage `json:"containers"`
-		} `json:"spec"`
-	}
-	if err := decode(pod, &raw); err != nil {
-		return nil, nil, undecodable(err)
 	}
 	console, err := consoleOps(raw.Spec.Containers[d.index], spec, d, opts)
 	if err != nil {
@@ -238,6 +240,25 @@ func overlay(base, over map[string]any) {
 		}
 		base[k] = v
 	}
+}
+
+// unknownVolumes refuses to mount a volume whose source this version does not know into the container
+// called name: without its source it would look like an emptyDir.
+func unknownVolumes(spec *corev1.PodSpec, raw []map[string]json.RawMessage, name string) field.ErrorList {
+	p := &problems{}
+	for i, c := range spec.Containers {
+		if c.Name != name {
+			continue
+		}
+		for j, m := range c.VolumeMounts {
+			k := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
+			if k >= 0 && spec.Volumes[k].VolumeSource == (corev1.VolumeSource{}) && len(raw[k]) > 1 {
+				p.forbid(specPath.Child("containers").Index(i).Child("volumeMounts").Index(j),
+					fmt.Sprintf("volume %s is of a kind that this version does not know: only an emptyDir of its own can be mounted into an enclave", m.Name))
+			}
+		}
+	}
+	return p.list
 }
 
 // injected tells whether one of our containers is there.
