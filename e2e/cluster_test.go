@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -123,7 +124,11 @@ func (c *cluster) build(ctx context.Context) error {
 	return c.writeOnNode(ctx, nodeProgram, binary)
 }
 
-// push assembles the workload's image and pushes it to the registry inside the cluster.
+// localImage is the name of the workload's image on the node, for init containers: the node itself does
+// not pull from the registry inside the cluster.
+const localImage = "cloister.dev/testapp:e2e"
+
+// push assembles the workload's image and pushes it to the registry inside the cluster and to the node.
 func (c *cluster) push(ctx context.Context) error {
 	binary, err := os.ReadFile(filepath.Join(c.dir, "testapp"))
 	if err != nil {
@@ -132,6 +137,20 @@ func (c *cluster) push(ctx context.Context) error {
 	if c.app, err = appImage(binary); err != nil {
 		return fmt.Errorf("assemble image: %w", err)
 	}
+	tag, err := name.NewTag(localImage)
+	if err != nil {
+		return err
+	}
+	var archive bytes.Buffer
+	if err := tarball.Write(tag, c.app, &archive); err != nil {
+		return fmt.Errorf("write image: %w", err)
+	}
+	load := exec.CommandContext(ctx, "docker", "exec", "-i", c.node, "ctr", "-n", "k8s.io", "images", "import", "-")
+	load.Stdin = &archive
+	if out, err := load.CombinedOutput(); err != nil {
+		return fmt.Errorf("load image: %w: %s", err, out)
+	}
+
 	addr, stop, err := forward(ctx, "cloister-registry", "service/registry", 5000)
 	if err != nil {
 		return err

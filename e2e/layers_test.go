@@ -138,3 +138,43 @@ func TestImageComesLater(t *testing.T) {
 		t.Errorf("the console was restarted %d times", n)
 	}
 }
+
+// A host that changes layers on their way into the enclave, behind every check of its own, gains nothing:
+// the enclave refuses them, and takes them as soon as they are right.
+func TestHostChangesLayers(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	pod := c.appPod(t, "app")
+	// An init container of the pod's own holds the pod between boot and run.
+	pod.Spec.Volumes = []corev1.Volume{{Name: "gate", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+	pod.Spec.InitContainers = []corev1.Container{{
+		Name: "gate", Image: localImage, ImagePullPolicy: corev1.PullNever, Args: []string{"wait", "/gate/open"},
+		VolumeMounts: []corev1.VolumeMount{{Name: "gate", MountPath: "/gate"}},
+	}}
+	ns.create(t, pod)
+	eventually(t, bootTime, "the pod's own init container runs", func() (bool, string) {
+		p := ns.pod(t, "app")
+		return len(p.Status.InitContainerStatuses) == 3 && container(t, p, "gate").State.Running != nil, state(p)
+	})
+	volumes := "/var/lib/kubelet/pods/" + string(ns.pod(t, "app").UID) + "/volumes/kubernetes.io~empty-dir/"
+	host, _ := c.start(t, "tamper", volumes+"cloister-run/vsock/1")
+	c.onNode(t, `touch "$1"`, volumes+"gate/open")
+
+	layers, err := c.app.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, bootTime, "the pod says why it waits", func() (bool, string) {
+		said := output(t, "kubectl", "-n", ns.name, "describe", "pod", "app")
+		return strings.Contains(said, "Startup probe failed") && strings.Contains(said, digest.Hex), said
+	})
+	if logs := ns.logs(t, "app", "app"); strings.Contains(logs, "testapp") {
+		t.Errorf("the workload ran: %s", logs)
+	}
+	host.stop(t)
+	ns.ready(t, "app", 1)
+}

@@ -1,7 +1,8 @@
 // Node is what the end-to-end tests run on the cluster's node: the untrusted host, and clients inside
 // the cluster's network.
 //
-//	node record DIR          puts itself between sidecar and enclave, prints all bytes at the end
+//	node record DIR          stands between sidecar and enclave, prints all bytes at the end
+//	node tamper DIR          stands between enclave and initboot, changes what the enclave gets
 //	node handshakes ADDR     one TLS handshake every 50 ms, a line of JSON for each
 //	node registry FLAGS      a registry that is slow or wrong
 //	node load FLAGS          two clients that never stop asking
@@ -27,10 +28,10 @@ func main() {
 
 func run(args []string) error {
 	commands := map[string]func(context.Context, []string) error{
-		"record": record, "handshakes": handshakes, "registry": registry, "load": load,
+		"record": record, "tamper": tamper, "handshakes": handshakes, "registry": registry, "load": load,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
-		return errors.New("want record, handshakes, registry or load")
+		return errors.New("want record, tamper, handshakes, registry or load")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {

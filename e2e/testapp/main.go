@@ -3,6 +3,7 @@
 //	testapp serve [-listen :8080,…] [-after 0s]   serves until SIGTERM
 //	testapp exit CODE                             ends at once
 //	testapp exists FILE                           exec probe: fails if the file does not exist
+//	testapp wait FILE                             init container: ends when the file exists
 //
 // The server answers
 //
@@ -44,12 +45,19 @@ func main() {
 
 func run(args []string) (int, error) {
 	if len(args) == 0 {
-		return 0, errors.New("want serve, exit or exists")
+		return 0, errors.New("want serve, exit, exists or wait")
 	}
 	switch args[0] {
 	case "exists":
 		_, err := os.Stat(args[1])
 		return 0, err
+	case "wait":
+		for {
+			if _, err := os.Stat(args[1]); err == nil {
+				return 0, nil
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 	case "exit":
 		fmt.Println("testapp: started")
 		return strconv.Atoi(args[1])
