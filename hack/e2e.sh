@@ -7,7 +7,6 @@
 "$HACK/up.sh" install
 use_engine
 use_cluster
-. "$OUT/images.env"
 cat >"$OUT/e2e.env" <<ENV
 CLOISTER_E2E=1
 KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
@@ -18,10 +17,6 @@ CLOISTER_EIF=$OUT/base-dev.eif
 CLOISTER_ROOT=$CACHE/dev-root/root.pem
 CLOISTER_KEY=$CACHE/dev-root/key.pem
 CLOISTER_NGINX_IMAGE=registry.cloister-registry.svc.cluster.local:5000/nginx@$(cat "$OUT/nginx.digest")
-CLOISTER_NGINX_ROOTFS=$OUT/nginx-rootfs.tar
-CLOISTER_INITBOOT_IMAGE=$INITBOOT_DEV_IMAGE
-CLOISTER_SIDECAR_IMAGE=$SIDECAR_IMAGE
-CLOISTER_TOOLS_IMAGE=$TOOLS_IMAGE
 ENV
 set -a
 . "$OUT/e2e.env"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Usage: images.sh [NAME...]. Builds our images, all or the named ones, and loads those into the
-# cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
+# Usage: images.sh [initboot|sidecar|webhook|registry]... Builds our images, all or the named ones, and
+# loads those into the cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
 # one NAME_IMAGE=reference a line.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
@@ -40,18 +40,15 @@ image() {
   echo "$key=$ref" >>"$OUT/images.env"
 }
 
-# The image of every part. The release initboot knows no development NSM; the -dev one holds the
-# development key, so it must never leave this machine.
+# Two images of one part. The release initboot lacks the code of the development NSM; the -dev one
+# has it and holds the development key, so it must never leave this machine.
 initboot() {
   binary initboot initboot
-  "$HACK/base-eif.sh"
-  image initboot "$OUT"/{initboot,base.eif} -- \
-    --add "$OUT/initboot:/initboot" --add "$OUT/base.eif:/base.eif" --entrypoint '["/initboot"]'
-}
-initboot-dev() {
   binary initboot-dev initboot -tags devnsm
   "$HACK/base-eif.sh"
   "$HACK/dev-root.sh"
+  image initboot "$OUT"/{initboot,base.eif} -- \
+    --add "$OUT/initboot:/initboot" --add "$OUT/base.eif:/base.eif" --entrypoint '["/initboot"]'
   image initboot-dev "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem -- \
     --add "$OUT/initboot-dev:/initboot" --add "$OUT/base-dev.eif:/base.eif" \
     --add "$CACHE/dev-root/key.pem:/etc/cloister/dev/key.pem:600" --add "$CACHE/dev-root/root.pem:/etc/cloister/dev/root.pem" \
@@ -73,18 +70,7 @@ registry() {
   binary registry hack/registry
   image registry "$OUT/registry" -- --user 65532:65532 --add "$OUT/registry:/registry" --entrypoint '["/registry"]'
 }
-# What the end-to-end tests run inside the cluster.
-tools() {
-  local b adds=() files=()
-  for b in $TOOLS; do
-    binary "tools-${b##*/}" "$b"
-    files+=("$OUT/tools-${b##*/}")
-    adds+=(--add "$OUT/tools-${b##*/}:/${b##*/}")
-  done
-  image tools "${files[@]}" -- --user 65532:65532 "${adds[@]}" --entrypoint '["/cloister"]'
-}
 
 present=$(kind_node ctr -n k8s.io images ls -q)
-for name in "${@:-initboot initboot-dev sidecar webhook registry tools}"; do
-  for n in $name; do $n; done
-done
+[ $# -gt 0 ] || set -- initboot sidecar webhook registry
+for name in "$@"; do $name; done

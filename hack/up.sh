@@ -18,11 +18,10 @@ cluster() {
 
 images() {
   cluster
-  step "base EIFs" "$again" "$HACK/base-eif.sh"
-  local name
-  for name in initboot initboot-dev sidecar webhook registry tools; do
-    step "image $name" "$again" "$HACK/images.sh" "$name"
-  done
+  step "base EIFs and image initboot" "$again" "$HACK/images.sh" initboot
+  step "Envoy and image sidecar" "$again" "$HACK/images.sh" sidecar
+  step "image webhook" "$again" "$HACK/images.sh" webhook
+  step "image registry" "$again" "$HACK/images.sh" registry
   step "command cloister" "$again" "$HACK/cli.sh"
 }
 
