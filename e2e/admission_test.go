@@ -136,8 +136,8 @@ func TestDenied(t *testing.T) {
 			app(p).Env = []corev1.EnvVar{fromField}
 			config(p, "egress: []")
 			p.Spec.HostNetwork = true
-		}, []string{"PersistentVolumeClaim", `cloister.dev/enclav`, "did you mean", "digest", "valueFrom", "egress", "hostNetwork"}},
-		"PVC":               {func(p *corev1.Pod) { mount(p, claim) }, []string{"PersistentVolumeClaim"}},
+		}, []string{"persistent volume claim", `cloister.dev/enclav`, "did you mean", "digest", "valueFrom", "egress", "hostNetwork"}},
+		"PVC":               {func(p *corev1.Pod) { mount(p, claim) }, []string{"persistent volume claim"}},
 		"misspelt":          {func(p *corev1.Pod) { p.Annotations = map[string]string{"cloister.dev/enclav": "app"} }, []string{"cloister.dev/enclav", `did you mean "cloister.dev/enclave"`}},
 		"missing container": {func(p *corev1.Pod) { p.Annotations["cloister.dev/enclave"] = "ap" }, []string{"cloister.dev/enclave", `"ap"`}},
 		"only config":       {func(p *corev1.Pod) { config(p, "cpus: 2"); delete(p.Annotations, "cloister.dev/enclave") }, []string{"cloister.dev/enclave"}},
@@ -151,7 +151,7 @@ func TestDenied(t *testing.T) {
 		}, []string{"hostPath"}},
 		"Secret": {func(p *corev1.Pod) {
 			mount(p, corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "s"}})
-		}, []string{"ecret"}},
+		}, []string{"is a Secret"}},
 		"host PID namespace": {func(p *corev1.Pod) { p.Spec.HostPID = true }, []string{"hostPID"}},
 		"preStop hook": {func(p *corev1.Pod) {
 			app(p).Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/testapp"}}}}
