@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -37,9 +37,11 @@ func init() {
 	// The parent-death signal belongs to a thread and is kept across execve only by the thread that
 	// calls it. In init the goroutine is on the main thread, the one that was cloned.
 	runtime.LockOSThread()
-	syscall.CloseOnExec(configFD)
-	syscall.CloseOnExec(errorFD)
-	err := become(os.NewFile(configFD, "config"))
+	// Also what this process may have inherited from whoever started it.
+	err := unix.CloseRange(configFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	if err == nil {
+		err = become(os.NewFile(configFD, "config"))
+	}
 	fmt.Fprintln(os.NewFile(errorFD, "error"), err)
 	os.Exit(1)
 }
