@@ -1,6 +1,7 @@
 #!/bin/bash
 # Prints apt sources (deb822) of a Debian suite, made from the mirrors that this host uses.
 # Usage: apt-sources.sh SUITE
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 suite=$1
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds the two base EIFs, which differ only in the NSM that the measured command line names:
 # $OUT/base.eif (device) and $OUT/base-dev.eif (development).
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 "$HACK/kernel.sh"

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Usage: cluster.sh create|delete. The kind cluster; with CLUSTER=existing nothing is done but to ask
 # the cluster of the current kubeconfig for an answer.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
 use_cluster
@@ -16,6 +17,8 @@ create() {
   else
     kind create cluster --name "$CLUSTER" --image "$(cat "$RUN/node-image")" --kubeconfig "$KUBECONFIG" --wait 180s
   fi
+  # The node's own kubectl: one is there, and of the right version, whatever the machine has.
+  [ -x "$BIN/kubectl" ] || docker cp -L "$CLUSTER-control-plane:/usr/bin/kubectl" "$BIN/kubectl"
   # Pods are refused until the controller has made this account.
   kubectl wait --for=condition=Ready node --all --timeout=120s
   kubectl wait --for=create serviceaccount/default --timeout=60s
@@ -25,7 +28,7 @@ delete() {
   if docker info >/dev/null 2>&1 && kind get clusters 2>/dev/null | grep -qx "$CLUSTER"; then
     kind delete cluster --name "$CLUSTER" --kubeconfig "$KUBECONFIG"
   fi
-  rm -f "$RUN/kubeconfig"
+  rm -f "$RUN/kubeconfig" "$BIN/kubectl"
 }
 
 case ${1:-} in

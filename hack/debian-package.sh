@@ -2,6 +2,7 @@
 # Downloads the newest version of one Debian package of any suite, with its signature checked, and
 # unpacks it. Usage: debian-package.sh SUITE PACKAGE FOLDER; a meta package is followed to the first
 # package that it depends on when FOLLOW=1. Prints PACKAGE=VERSION.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 suite=$1 package=$2 target=$3
 # A private configuration: this machine's own package lists stay as they are.

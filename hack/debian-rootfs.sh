@@ -1,6 +1,7 @@
 #!/bin/bash
 # Bootstraps a small Debian bookworm root file system from the host's own package sources.
 # Usage: debian-rootfs.sh VARIANT FOLDER PACKAGE,PACKAGE,...   (VARIANT: mmdebstrap's minbase, essential, ...)
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 variant=$1 target=$2 packages=$3
 sources=$RUN/bookworm.sources

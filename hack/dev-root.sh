@@ -1,6 +1,7 @@
 #!/bin/bash
 # Makes the development root once: the key that signs the documents of software NSMs and the
 # certificate that `cloister curl --root` is given. It vouches for nothing but this machine's tests.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 dir=$CACHE/dev-root
 [ ! -s "$dir/root.pem" ] || exit 0

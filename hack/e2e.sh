@@ -3,6 +3,7 @@
 # tests need to know lies in $OUT/e2e.env, so that one test can be run by hand:
 #
 #	set -a; . ~/.cache/cloister/out/e2e.env; set +a; go test -count=1 -v -run TestName ./e2e/...
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$HACK/up.sh" install
 use_engine

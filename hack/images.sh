@@ -2,6 +2,7 @@
 # Usage: images.sh [initboot|sidecar|webhook|registry]... Builds our images, all or the named ones, and
 # loads those into the cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
 # one NAME_IMAGE=reference a line.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
 use_cluster

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Installs manifests/base with the images that hack/images.sh has built, and waits for the webhook.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_cluster
 . "$OUT/images.env"

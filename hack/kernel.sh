@@ -1,5 +1,6 @@
 #!/bin/bash
 # Puts Debian trixie's newest cloud kernel into the cache: $OUT/vmlinuz and its version beside it.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ ! -s "$OUT/vmlinuz" ] || { cat "$OUT/vmlinuz.version"; exit 0; }
 tmp=$(mktemp -d "$CACHE/kernel.XXXXXX")

@@ -1,5 +1,6 @@
 #!/bin/bash
 # `make lint`: staticcheck, pinned.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 tool=$CACHE/tools/staticcheck-$STATICCHECK_VERSION

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Bootstraps Debian's nginx, unmodified, as $OUT/nginx-rootfs.tar: the root of the sample image.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ ! -s "$OUT/nginx-rootfs.tar" ] || exit 0
 [ "$(id -u)" = 0 ] || die "the root file system needs chroot: run this as root"

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Gives the engine a node image: the one it has, else one from the user's cache or from beside the
 # repository, else kind's official one, else one built here. Writes its name to $RUN/node-image.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
 local_image=kindest/node:$K8S_VERSION-local

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Installs the host's missing Debian packages.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 packages=(docker.io iptables nftables mmdebstrap build-essential pkg-config libseccomp-dev xz-utils zstd jq
-  cpio unzip python3-pip iproute2 ca-certificates curl)
+  cpio unzip python3-pip iproute2 procps openssl ca-certificates curl)
 missing=()
 for p in "${packages[@]}"; do
   [ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Usage: registry.sh deploy|push. Runs the registry in the cluster; pushes the sample image to it and
 # writes the image's digest to $OUT/nginx.digest.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_cluster
 

@@ -1,5 +1,6 @@
 #!/bin/bash
 # `make run`: from nothing to an attested answer.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$HACK/up.sh" install
 use_engine

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Usage: sample.sh deploy|measure|verify. The sample workload, its measurements, an attested request to it.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_cluster
 yaml=$OUT/nginx.yaml measurements=$OUT/nginx.measurements.json root=$CACHE/dev-root/root.pem

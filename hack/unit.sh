@@ -1,5 +1,6 @@
 #!/bin/bash
 # `make test-unit`: everything that needs no cluster.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Usage: up.sh cluster|images|install. Brings the machine to that point, each including the ones
 # before it. What is there already is used.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 again="read the log, then run the same command again: what is done stays done"
 [[ "$(go env GOVERSION 2>/dev/null)" == go1.* ]] || die "Go is missing: install it from go.dev or Debian's golang package"

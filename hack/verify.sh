@@ -1,5 +1,6 @@
 #!/bin/bash
 # `make verify`: the tree is formatted and vetted, and the generated code is what the protocol files give.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
 unformatted=$(gofmt -l $(go list -f '{{.Dir}}' ./...))

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Assembles the control-plane images as archives, one layer each, with the names that kubeadm wants.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 rm -f "$IMAGES"/*.tar
 declare -A ref

@@ -2,6 +2,7 @@
 # Builds Kubernetes from the Go module k8s.io/kubernetes as one binary with seven names (kube-all).
 # The module requires its staging modules at v0.0.0; a wrapper module replaces each of them by the
 # published v0.<minor>.<patch>.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 staging=v0.${K8S_VERSION#v1.}
 minor=$(cut -d. -f2 <<<"$K8S_VERSION")

@@ -2,6 +2,7 @@
 # Puts the node image together: root file system, binaries, and the control-plane images unpacked
 # into containerd's own folders. containerd runs in a chroot for that, not in a container, so that
 # its overlay snapshots lie on a real file system.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 node=$WS/node
 rm -rf "$node"

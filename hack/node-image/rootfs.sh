@@ -2,6 +2,7 @@
 # Makes the node's root file system: Debian bookworm with the packages and files of kind's own base
 # image. Bookworm (systemd 252) on purpose: systemd 256 and later refuse to boot on cgroup v1.
 # Left out: fuse-overlayfs, nfs-common, open-iscsi (rootless engines and network storage only).
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 packages=systemd,conntrack,iptables,nftables,iproute2,ethtool,util-linux,mount,kmod,libseccomp2,bash,ca-certificates,curl,jq,procps,e2fsprogs
 kind=$(module_dir sigs.k8s.io/kind "$KIND_VERSION")/images/base/files

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds containerd, runc, the CNI plugins, etcd and CoreDNS, each in a throw-away main module with
 # upstream's own requirements, so that the third-party versions are exactly upstream's.
+set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 # wrap NAME MODULE VERSION: makes the main module and changes into it.
