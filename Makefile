@@ -18,8 +18,8 @@ test-unit: ## build, verify, lint, and the tests that need no cluster
 	@hack/unit.sh
 
 .PHONY: test-e2e
-test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be
-	@hack/e2e.sh
+test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be (RUN=TestName: one of them)
+	@hack/e2e.sh $(if $(RUN),-run '$(RUN)')
 
 .PHONY: verify
 verify: ## format, vet, and generated code that is what the .proto files give

@@ -18,7 +18,6 @@ images:
 configMapGenerator:
   - name: cloister-install
     namespace: cloister-system
-    behavior: $(grep -rqs 'name: cloister-install$' "$REPO"/manifests/base/*configmap* && echo merge || echo create)
     literals:
       - DRIVER=process
       - INITBOOT_IMAGE=$INITBOOT_DEV_IMAGE

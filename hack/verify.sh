@@ -3,7 +3,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
-unformatted=$(gofmt -l $(go list -f '{{.Dir}}' ./...))
+unformatted=$(gofmt -l .)
 [ -z "$unformatted" ] || die "not formatted, run gofmt -w: $unformatted"
 go vet ./...
 fresh=$(mktemp -d)

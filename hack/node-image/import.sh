@@ -1,3 +1,4 @@
+#!/bin/sh
 # Runs inside the new node root: imports /images/*.tar into containerd and unpacks them.
 set -eu
 mount -t proc proc /proc
