@@ -1,0 +1,195 @@
+package process
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"cloister.dev/cloister/enclaved/image"
+	"cloister.dev/cloister/workload"
+)
+
+// hostname is the name of every enclave: a pod's name is no part of the manifest.
+const hostname = "enclave"
+
+// defaultPath is the PATH of an image that sets none (containerd, pkg/oci/spec.go).
+const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Spec is the process of a workload and what it finds around it.
+type Spec struct {
+	Args []string `json:"args"`
+	// Env has entries "NAME=value", each name once.
+	Env    []string `json:"env"`
+	Dir    string   `json:"dir"`
+	UID    int      `json:"uid"`
+	GID    int      `json:"gid"`
+	Groups []int    `json:"groups"` // supplementary, GID included
+	// Capabilities are numbers (include/uapi/linux/capability.h): the bounding set, and what uid 0 has.
+	Capabilities    []int            `json:"capabilities"`
+	NoNewPrivileges bool             `json:"noNewPrivileges"`
+	ReadOnlyRoot    bool             `json:"readOnlyRoot"`
+	Mounts          []workload.Mount `json:"mounts"`
+	// MountSize is the size in bytes of a mount that has no limit of its own.
+	MountSize int64 `json:"mountSize"`
+	// StopSignal asks the workload to end.
+	StopSignal unix.Signal `json:"stopSignal"`
+
+	// Root is the directory with the unpacked image.
+	Root string `json:"root"`
+	// literals are the manifest's variables as they are written, which commands of probes refer to.
+	literals map[string]string
+}
+
+// NewSpec combines a manifest with the configuration of its image, which is unpacked in root, as a
+// container runtime does for the kubelet. Memory is what a mount without a limit may take, in bytes.
+func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64) (*Spec, error) {
+	s := &Spec{Root: root, Mounts: m.Mounts, MountSize: memory, literals: map[string]string{}}
+	env := environment{}
+	env.set(defaultPath)
+	env.set("HOSTNAME=" + hostname)
+	for _, e := range c.Env {
+		env.set(e)
+	}
+	expanded := map[string]string{}
+	lookup := func(name string) (string, bool) { v, ok := expanded[name]; return v, ok }
+	for _, e := range m.Env {
+		// In the author's order: a value refers to those before it, and not to the image's.
+		expanded[e.Name] = expand(e.Value, lookup)
+		s.literals[e.Name] = e.Value
+		env.set(e.Name + "=" + expanded[e.Name])
+	}
+	for _, a := range arguments(m, c) {
+		s.Args = append(s.Args, expand(a, lookup))
+	}
+	if len(s.Args) == 0 || s.Args[0] == "" {
+		return nil, errors.New("neither the pod nor the image names a command: set command in the pod")
+	}
+
+	home, err := s.setUser(m.User, c.User)
+	if err != nil {
+		return nil, err
+	}
+	if v, ok := env.get("HOME"); !ok || v == "" {
+		env.set("HOME=" + home)
+	}
+	s.Env = env.list
+
+	s.Dir = "/"
+	if c.WorkingDir != "" {
+		s.Dir = path.Clean("/" + c.WorkingDir)
+	}
+	if m.WorkingDir != "" {
+		s.Dir = m.WorkingDir
+	}
+	if s.StopSignal, err = parseSignal(c.StopSignal); err != nil {
+		return nil, err
+	}
+	var sec workload.Security
+	if m.Security != nil {
+		sec = *m.Security
+	}
+	s.NoNewPrivileges, s.ReadOnlyRoot = sec.NoNewPrivileges, sec.ReadOnlyRoot
+	for _, name := range workload.DefaultCapabilities {
+		dropped := slices.Contains(sec.DropCapabilities, "ALL") || slices.Contains(sec.DropCapabilities, name)
+		if !dropped || slices.Contains(sec.AddCapabilities, name) {
+			s.Capabilities = append(s.Capabilities, capabilities[name])
+		}
+	}
+	return s, nil
+}
+
+// ProbeArgs expands a probe's command as the kubelet does: with the manifest's variables as written.
+func (s *Spec) ProbeArgs(command []string) []string {
+	var args []string
+	for _, c := range command {
+		args = append(args, expand(c, func(name string) (string, bool) { v, ok := s.literals[name]; return v, ok }))
+	}
+	return args
+}
+
+// arguments picks the command line (containerd, internal/cri/opts.WithProcessArgs):
+//
+//	command  args  runs
+//	no       no    the image's entrypoint and arguments
+//	no       yes   the image's entrypoint and args
+//	yes      any   command and args
+func arguments(m *workload.Manifest, c *image.Config) []string {
+	switch {
+	case len(m.Command) > 0:
+		return slices.Concat(m.Command, m.Args)
+	case len(m.Args) > 0:
+		return slices.Concat(c.Entrypoint, m.Args)
+	default:
+		return slices.Concat(c.Entrypoint, c.Cmd)
+	}
+}
+
+// environment keeps each name at its first place with its last value.
+type environment struct{ list []string }
+
+func (e *environment) find(name string) int {
+	return slices.IndexFunc(e.list, func(v string) bool { return strings.HasPrefix(v, name+"=") })
+}
+
+func (e *environment) get(name string) (string, bool) {
+	if i := e.find(name); i >= 0 {
+		return e.list[i][len(name)+1:], true
+	}
+	return "", false
+}
+
+// set takes "NAME=value"; an entry without "=" would unset the name in Docker's tools and means nothing.
+func (e *environment) set(entry string) {
+	name, _, ok := strings.Cut(entry, "=")
+	if !ok || name == "" {
+		return
+	}
+	if i := e.find(name); i >= 0 {
+		e.list[i] = entry
+	} else {
+		e.list = append(e.list, entry)
+	}
+}
+
+// parseSignal reads an image's stop signal: "SIGQUIT", "QUIT", "3" or "SIGRTMIN+3"; empty is SIGTERM.
+func parseSignal(name string) (unix.Signal, error) {
+	bad := fmt.Errorf("the image's stop signal %q is not a signal", name)
+	if name == "" {
+		return unix.SIGTERM, nil
+	}
+	if n, err := strconv.Atoi(name); err == nil {
+		if n < 1 || n > 64 {
+			return 0, bad
+		}
+		return unix.Signal(n), nil
+	}
+	full := "SIG" + strings.TrimPrefix(strings.ToUpper(name), "SIG")
+	// Real-time signals as the C library counts them (signal(7)): it keeps 32 and 33 for itself.
+	if plus, ok := strings.CutPrefix(full, "SIGRTMIN"); ok {
+		n := 0
+		if plus != "" {
+			var err error
+			if n, err = strconv.Atoi(strings.TrimPrefix(plus, "+")); err != nil || n < 0 || n > 30 {
+				return 0, bad
+			}
+		}
+		return unix.Signal(34 + n), nil
+	}
+	if sig := unix.SignalNum(full); sig != 0 {
+		return sig, nil
+	}
+	return 0, bad
+}
+
+// capabilities by name (include/uapi/linux/capability.h), those of workload.DefaultCapabilities.
+var capabilities = map[string]int{
+	"CHOWN": unix.CAP_CHOWN, "DAC_OVERRIDE": unix.CAP_DAC_OVERRIDE, "FOWNER": unix.CAP_FOWNER,
+	"FSETID": unix.CAP_FSETID, "KILL": unix.CAP_KILL, "NET_BIND_SERVICE": unix.CAP_NET_BIND_SERVICE,
+	"NET_RAW": unix.CAP_NET_RAW, "SETFCAP": unix.CAP_SETFCAP, "SETGID": unix.CAP_SETGID,
+	"SETPCAP": unix.CAP_SETPCAP, "SETUID": unix.CAP_SETUID, "SYS_CHROOT": unix.CAP_SYS_CHROOT,
+}
