@@ -167,8 +167,8 @@ func (s *Source) Sync(ctx context.Context) error {
 		s.seenCA, s.seen = ca.cert, now
 	}
 	s.ready = nil
-	if s.serving != nil && !contains(published, s.issuer) {
-		s.serving = nil // somebody replaced the CA: the old certificate is of no use
+	if s.serving != nil && (!contains(published, s.issuer) || !now.Before(s.serving.Leaf.NotAfter)) {
+		s.serving = nil // its CA was replaced by hand, or the clock jumped: it is of no use
 	}
 	if s.serving != nil && !s.issuer.Equal(ca.cert) && now.Sub(s.seen) < settle {
 		return nil // the API servers may not know the new CA yet

@@ -1,0 +1,135 @@
+package admit
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	admissionv1 "k8s.io/api/admission/v1"
+	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
+	"sigs.k8s.io/yaml"
+
+	"cloister.dev/cloister/webhook/inject"
+)
+
+var options = inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot@sha256:1", SidecarImage: "sidecar@sha256:2"}
+
+// review sends one pod through HTTP, as the API server does.
+func review(t testing.TB, h *Handler, pod []byte) *admissionv1.AdmissionResponse {
+	t.Helper()
+	body := fmt.Appendf(nil, `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u-1","kind":{"group":"","version":"v1","kind":"Pod"},"resource":{"group":"","version":"v1","resource":"pods"},"namespace":"payments","name":"app","operation":"CREATE","dryRun":true,"userInfo":{},"object":%s,"oldObject":null,"options":null}}`, pod)
+	req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/inject", bytes.NewReader(body))
+	req.Header.Set("Content-Type", "application/json")
+	w := httptest.NewRecorder()
+	(&admission.Webhook{Handler: h}).ServeHTTP(w, req)
+	var out admissionv1.AdmissionReview
+	if err := json.Unmarshal(w.Body.Bytes(), &out); err != nil {
+		t.Fatalf("status %d: %v\n%s", w.Code, err, w.Body)
+	}
+	if out.Response.UID != "u-1" {
+		t.Errorf("uid %q", out.Response.UID)
+	}
+	return out.Response
+}
+
+func pod(t testing.TB, name string) []byte {
+	t.Helper()
+	data, err := os.ReadFile("../inject/testdata/" + name + "/input.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, err = yaml.YAMLToJSON(data); err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestHandle(t *testing.T) {
+	var logged bytes.Buffer
+	reg := prometheus.NewRegistry()
+	h := New(options, slog.New(slog.NewJSONHandler(&logged, nil)), reg)
+
+	skipped := review(t, h, pod(t, "no-annotation-of-ours"))
+	if !skipped.Allowed || skipped.Patch != nil || len(skipped.Warnings) > 0 || skipped.AuditAnnotations["result"] != "skipped" {
+		t.Errorf("skipped: %+v", skipped)
+	}
+
+	input := pod(t, "everything-that-is-carried")
+	injected := review(t, h, input)
+	ops, warnings, _ := inject.Patch(input, options)
+	want, err := json.Marshal(ops)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !injected.Allowed || *injected.PatchType != admissionv1.PatchTypeJSONPatch || injected.AuditAnnotations["result"] != "injected" {
+		t.Errorf("injected: %+v", injected)
+	}
+	if diff := cmp.Diff(string(want), string(injected.Patch)); diff != "" {
+		t.Errorf("patch (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(warnings, injected.Warnings); diff != "" {
+		t.Errorf("warnings (-want +got):\n%s", diff)
+	}
+
+	denied := review(t, h, pod(t, "denied-everything-at-once"))
+	if denied.Allowed || denied.Patch != nil || denied.Result.Code != http.StatusForbidden || denied.Result.Reason != "Invalid" {
+		t.Errorf("denied: %+v", denied)
+	}
+	for _, want := range []string{"name it by digest", "envFrom is not built yet", "a persistent volume claim"} {
+		if !strings.Contains(denied.Result.Message, want) {
+			t.Errorf("message lacks %q: %s", want, denied.Result.Message)
+		}
+	}
+	if n := len(denied.Result.Details.Causes); denied.AuditAnnotations["reasons"] != fmt.Sprint(n) || n < 40 {
+		t.Errorf("%d causes, audited %q", n, denied.AuditAnnotations)
+	}
+
+	scrape := httptest.NewRecorder()
+	promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP(scrape, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	for _, want := range []string{
+		`injections_total{reason="",result="injected"} 1`,
+		`injections_total{reason="",result="skipped"} 1`,
+		`injections_total{reason="FieldValueForbidden",result="denied"} 1`,
+		`injection_seconds_count 3`,
+	} {
+		if !strings.Contains(scrape.Body.String(), want+"\n") {
+			t.Errorf("the metrics lack %s:\n%s", want, scrape.Body)
+		}
+	}
+	// Values of the environment may be secrets.
+	if strings.Contains(logged.String(), "GREETING") || strings.Contains(logged.String(), "hello") {
+		t.Errorf("the log tells what is in the pod: %s", &logged)
+	}
+}
+
+// TestGarbage: what is not a pod is refused, whatever it is.
+func TestGarbage(t *testing.T) {
+	h := New(options, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	for _, object := range []string{`[]`, `"x"`, `{"metadata":{"annotations":{"cloister.dev/enclave":5}}}`, `{"metadata":{"annotations":{"cloister.dev/enclave":"a"}},"spec":{"containers":{}}}`} {
+		if r := review(t, h, []byte(object)); r.Allowed {
+			t.Errorf("%s was allowed", object)
+		}
+	}
+}
+
+func BenchmarkHandle(b *testing.B) {
+	h := New(options, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	for _, name := range []string{"deployment-completed-by-the-api-server", "no-annotation-of-ours"} {
+		input := pod(b, name)
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				review(b, h, input)
+			}
+		})
+	}
+}

@@ -1,0 +1,286 @@
+package certs
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"testing"
+	"time"
+
+	admissionregv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+)
+
+// cluster is an API server, a clock, and replicas that share them.
+type cluster struct {
+	client client.WithWatch
+	now    time.Time
+}
+
+func newCluster(t *testing.T, objects ...client.Object) *cluster {
+	t.Helper()
+	scheme := runtime.NewScheme()
+	if err := errors.Join(corev1.AddToScheme(scheme), admissionregv1.AddToScheme(scheme)); err != nil {
+		t.Fatal(err)
+	}
+	return &cluster{
+		client: fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).Build(),
+		now:    time.Date(2026, 11, 24, 9, 0, 0, 0, time.UTC),
+	}
+}
+
+func configuration() *admissionregv1.MutatingWebhookConfiguration {
+	return &admissionregv1.MutatingWebhookConfiguration{
+		ObjectMeta: metav1.ObjectMeta{Name: "00-cloister"},
+		Webhooks:   []admissionregv1.MutatingWebhook{{Name: "inject.cloister.dev"}},
+	}
+}
+
+func (c *cluster) replica() *Source {
+	return &Source{
+		Client: c.client, Namespace: "cloister-system", Service: "cloister-webhook", Configuration: "00-cloister",
+		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return c.now },
+	}
+}
+
+func (c *cluster) sync(t *testing.T, sources ...*Source) {
+	t.Helper()
+	for _, s := range sources {
+		if err := s.Sync(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func (c *cluster) bundle(t *testing.T) []byte {
+	t.Helper()
+	var config admissionregv1.MutatingWebhookConfiguration
+	if err := c.client.Get(t.Context(), types.NamespacedName{Name: "00-cloister"}, &config); err != nil {
+		t.Fatal(err)
+	}
+	return config.Webhooks[0].ClientConfig.CABundle
+}
+
+// admit makes a TLS connection as an API server that knows bundle.
+func (c *cluster) admit(t *testing.T, s *Source, bundle []byte) error {
+	t.Helper()
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(bundle)
+	ours, theirs := net.Pipe()
+	defer ours.Close()
+	defer theirs.Close()
+	server := tls.Server(theirs, &tls.Config{GetCertificate: s.GetCertificate, MinVersion: tls.VersionTLS13})
+	go func() { _ = server.HandshakeContext(t.Context()) }()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	return tls.Client(ours, &tls.Config{RootCAs: roots, ServerName: "cloister-webhook.cloister-system.svc", Time: func() time.Time { return c.now }}).HandshakeContext(ctx)
+}
+
+func TestFirstStart(t *testing.T) {
+	c := newCluster(t, configuration())
+	a, b := c.replica(), c.replica()
+	if a.Ready() == nil {
+		t.Error("ready before the first step")
+	}
+	c.sync(t, a, b)
+	for _, s := range []*Source{a, b} {
+		if err := s.Ready(); err != nil {
+			t.Error(err)
+		}
+		if err := c.admit(t, s, c.bundle(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	if bytes.Equal(a.serving.Leaf.Raw, b.serving.Leaf.Raw) || !a.issuer.Equal(b.issuer) {
+		t.Error("each replica must have a key of its own, from one CA")
+	}
+	if err := c.admit(t, a, nil); err == nil {
+		t.Error("a client without the caBundle connected")
+	}
+}
+
+// TestCreateRace: another replica makes the Secret between our look and our Create.
+func TestCreateRace(t *testing.T) {
+	c := newCluster(t, configuration())
+	first := c.replica()
+	second := c.replica()
+	second.Client = interceptor.NewClient(c.client, interceptor.Funcs{
+		Create: func(ctx context.Context, w client.WithWatch, o client.Object, opts ...client.CreateOption) error {
+			c.sync(t, first)
+			return w.Create(ctx, o, opts...)
+		},
+	})
+	c.sync(t, second)
+	if !first.issuer.Equal(second.issuer) {
+		t.Error("two replicas issue from two CAs")
+	}
+}
+
+func TestNotReadyWithoutConfiguration(t *testing.T) {
+	c := newCluster(t)
+	s := c.replica()
+	if err := s.Sync(t.Context()); err == nil || s.Ready() == nil {
+		t.Errorf("sync %v, ready %v", err, s.Ready())
+	}
+	if err := c.client.Create(t.Context(), configuration()); err != nil {
+		t.Fatal(err)
+	}
+	c.sync(t, s)
+	if err := s.Ready(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCABundleIsRestored(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	if err := c.client.Delete(t.Context(), configuration()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.client.Create(t.Context(), configuration()); err != nil {
+		t.Fatal(err)
+	}
+	c.sync(t, s)
+	if err := c.admit(t, s, c.bundle(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestServingCertificateIsRenewed(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	first := s.NotAfter()
+	c.now = c.now.Add(10 * time.Hour)
+	c.sync(t, s)
+	if !s.NotAfter().Equal(first) {
+		t.Error("renewed too early")
+	}
+	c.now = c.now.Add(8 * time.Hour)
+	c.sync(t, s)
+	if !s.NotAfter().After(first) {
+		t.Error("not renewed")
+	}
+	c.now = c.now.Add(48 * time.Hour)
+	if s.Ready() == nil {
+		t.Error("ready with an expired certificate")
+	}
+}
+
+// TestRotation follows a new CA: at no time does an API server, though it may know only the bundle before
+// the last one, meet a certificate that it cannot verify.
+func TestRotation(t *testing.T) {
+	c := newCluster(t, configuration())
+	a, b := c.replica(), c.replica()
+	c.sync(t, a, b)
+	old := a.issuer
+
+	days := func(n int) {
+		for range 2 * n {
+			c.now = c.now.Add(12 * time.Hour)
+			c.sync(t, a, b)
+		}
+	}
+	days(243)
+	if !a.issuer.Equal(old) {
+		t.Fatal("rotated too early")
+	}
+	c.now = c.now.Add(12 * time.Hour)
+	before := c.bundle(t)
+	for range 20 {
+		c.sync(t, a, b)
+		for _, s := range []*Source{a, b} {
+			if err := c.admit(t, s, c.bundle(t)); err != nil {
+				t.Fatal(err)
+			}
+			if s.issuer.Equal(old) {
+				if err := c.admit(t, s, before); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		c.now = c.now.Add(10 * time.Second)
+	}
+	if a.issuer.Equal(old) || !a.issuer.Equal(b.issuer) {
+		t.Error("the new CA does not serve after the time to settle")
+	}
+	if n := bytes.Count(c.bundle(t), []byte("BEGIN")); n != 2 {
+		t.Errorf("the bundle has %d certificates, want the new and the old one", n)
+	}
+	// The old CA leaves the bundle when it has expired.
+	days(125)
+	if n := bytes.Count(c.bundle(t), []byte("BEGIN")); n != 1 {
+		t.Errorf("the bundle has %d certificates, want one", n)
+	}
+}
+
+func TestRotationWaitsToSettle(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	old := s.issuer
+	for c.now.Before(renewAt(old)) {
+		c.now = c.now.Add(12 * time.Hour)
+		c.sync(t, s)
+	}
+	if !s.issuer.Equal(old) {
+		t.Error("the new CA serves at once, before API servers can know it")
+	}
+}
+
+func TestSecretDeleted(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	old := s.issuer
+	if err := c.client.Delete(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: SecretName}}); err != nil {
+		t.Fatal(err)
+	}
+	c.sync(t, s)
+	if s.issuer.Equal(old) {
+		t.Error("the old CA is still used")
+	}
+	if err := c.admit(t, s, c.bundle(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBrokenSecret(t *testing.T) {
+	c := newCluster(t, configuration(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: SecretName},
+		Data:       map[string][]byte{keyCert: []byte("x"), keyKey: []byte("y")},
+	})
+	s := c.replica()
+	if err := s.Sync(t.Context()); err == nil || s.Ready() == nil {
+		t.Errorf("sync %v, ready %v", err, s.Ready())
+	}
+}
+
+// TestOutage: a replica that was in order keeps serving while the API server does not answer.
+func TestOutage(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	s.Client = interceptor.NewClient(c.client, interceptor.Funcs{
+		Get: func(context.Context, client.WithWatch, client.ObjectKey, client.Object, ...client.GetOption) error {
+			return errors.New("no answer")
+		},
+	})
+	if err := s.Sync(t.Context()); err == nil {
+		t.Error("no error")
+	}
+	if err := s.Ready(); err != nil {
+		t.Error(err)
+	}
+}

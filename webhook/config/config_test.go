@@ -1,0 +1,94 @@
+package config
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+)
+
+const head = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n"
+
+func TestParse(t *testing.T) {
+	for name, tc := range map[string]struct {
+		doc  string
+		want *EnclaveConfig
+		errs string // part of the only error
+	}{
+		"empty":                 {doc: head, want: &EnclaveConfig{}},
+		"JSON":                  {doc: `{"apiVersion":"cloister.dev/v1alpha1","kind":"EnclaveConfig","cpus":4}`, want: &EnclaveConfig{CPUs: 4}},
+		"memory":                {doc: head + "memory: 1.5Gi", want: &EnclaveConfig{Memory: 3 << 29}},
+		"memory in bytes":       {doc: head + "memory: 1048576", want: &EnclaveConfig{Memory: 1 << 20}},
+		"ports":                 {doc: head + "ports: [{port: 80}, {name: db, protocol: tcp, plaintext: true}]", want: &EnclaveConfig{Ports: []Port{{Port: 80, Protocol: "http"}, {Name: "db", Protocol: "tcp", Plaintext: true}}}},
+		"no document":           {doc: "", errs: "write a mapping"},
+		"a list":                {doc: "[]", errs: "write a mapping"},
+		"duplicate":             {doc: head + "cpus: 1\ncpus: 2", errs: "already set"},
+		"no kind":               {doc: "apiVersion: cloister.dev/v1alpha1", errs: "config.kind: Required value: write kind: EnclaveConfig"},
+		"wrong apiVersion":      {doc: "apiVersion: v1\nkind: EnclaveConfig", errs: `supported values: "cloister.dev/v1alpha1"`},
+		"misspelt":              {doc: head + "memmory: 1Gi", errs: `did you mean "memory"?`},
+		"other case":            {doc: head + "Memory: 1Gi", errs: `config.Memory: Forbidden: there is no such field, did you mean "memory"?`},
+		"far from all":          {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, debug"},
+		"not built":             {doc: head + "egress: []", errs: "config.egress: Forbidden: this setting is not built yet"},
+		"misspelt, not built":   {doc: head + "secret: []", errs: `did you mean "secrets"?`},
+		"no memory":             {doc: head + "memory: 0", errs: "write a quantity"},
+		"endless memory":        {doc: head + "memory: 1Ei", errs: "at most 1Ti"},
+		"memory of words":       {doc: head + "memory: much", errs: "write a quantity"},
+		"null":                  {doc: head + "cpus: null", errs: "write a whole number"},
+		"no cpus":               {doc: head + "cpus: 0", errs: "from 1 to 512"},
+		"port is a string":      {doc: head + "ports: [{port: '80'}]", errs: "config.ports[0].port: Invalid value: write a port number"},
+		"port 0":                {doc: head + "ports: [{port: 0}]", errs: "from 1 to 65535"},
+		"neither port nor name": {doc: head + "ports: [{protocol: tcp}]", errs: "by either port or name"},
+		"both":                  {doc: head + "ports: [{port: 1, name: a}]", errs: "by either port or name"},
+		"misspelt port field":   {doc: head + "ports: [{port: 1, plaintex: true}]", errs: `did you mean "plaintext"?`},
+		"plaintext of words":    {doc: head + "ports: [{port: 1, plaintext: 'yes'}]", errs: "write true or false"},
+		"port is a number":      {doc: head + "ports: [80]", errs: "config.ports[0]: Invalid value: write a mapping"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, errs := Parse(tc.doc, field.NewPath("config"))
+			if tc.errs != "" {
+				if len(errs) != 1 || !strings.Contains(errs[0].Error(), tc.errs) {
+					t.Errorf("errors %v, want one with %q", errs, tc.errs)
+				}
+				return
+			}
+			if len(errs) > 0 {
+				t.Fatal(errs)
+			}
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("config (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseReportsAllErrors(t *testing.T) {
+	_, errs := Parse("memory: x\ncpus: y\neif: z\nfoo: 1", field.NewPath("config"))
+	if len(errs) != 6 {
+		t.Errorf("%d errors: %v", len(errs), errs)
+	}
+}
+
+func TestNearest(t *testing.T) {
+	known := []string{"memory", "cpus", "ports"}
+	for word, want := range map[string]string{"memroy": "memory", "cpu": "cpus", "port": "ports", "ports": "ports", "": "", "banana": "", "memory-limit": ""} {
+		if got := Nearest(word, known); got != want {
+			t.Errorf("Nearest(%q) = %q, want %q", word, got, want)
+		}
+	}
+}
+
+// FuzzParse: a config is either refused with a reason or within its limits.
+func FuzzParse(f *testing.F) {
+	f.Add(head + "memory: 1Gi\ncpus: 2\nports: [{port: 80, plaintext: true}]")
+	f.Add("a: &a [*a]")
+	f.Fuzz(func(t *testing.T, doc string) {
+		c, errs := Parse(doc, field.NewPath("config"))
+		if (c == nil) == (len(errs) == 0) {
+			t.Fatalf("config %v, errors %v", c, errs)
+		}
+		if c != nil && (c.Memory < 0 || c.Memory > MaxMemory || c.CPUs < 0 || c.CPUs > MaxCPUs) {
+			t.Errorf("out of range: %+v", c)
+		}
+	})
+}
