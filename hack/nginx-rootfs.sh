@@ -11,6 +11,8 @@ chmod 755 "$root"
 # The image unpacks into the enclave's memory: without the packages' scripts nobody needs Perl, and
 # without iconv nobody needs its tables.
 rm -rf "$root"/usr/share/perl "$root"/usr/lib/x86_64-linux-gnu/{perl,perl-base,gconv} "$root"/var/cache/debconf
+# An image brings no devices: whoever runs it makes them.
+rm -rf "$root"/dev/*
 # As in the official image: the logs are the container's.
 ln -sf /dev/stdout "$root/var/log/nginx/access.log"
 ln -sf /dev/stderr "$root/var/log/nginx/error.log"
