@@ -34,21 +34,23 @@ const (
 
 // config is where the sidecar finds what it works with.
 type config struct {
-	ports       []uint16
-	podSocket   string
-	dir         string // on tmpfs
-	envoyBinary string
-	readyAddr   string // TCP address of /ready
-	envoyLog    io.Writer
+	ports          []uint16
+	podSocket      string
+	dir            string // on tmpfs
+	envoyBinary    string
+	maxConnections int64
+	readyAddr      string // TCP address of /ready
+	envoyLog       io.Writer
 }
 
 func defaults() config {
 	return config{
-		podSocket:   "/run/cloister/pod.sock",
-		dir:         "/run/cloister-sidecar",
-		envoyBinary: "/envoy",
-		readyAddr:   ":14022",
-		envoyLog:    os.Stderr,
+		podSocket:      "/run/cloister/pod.sock",
+		dir:            "/run/cloister-sidecar",
+		envoyBinary:    "/envoy",
+		maxConnections: envoy.MaxConnections(),
+		readyAddr:      ":14022",
+		envoyLog:       os.Stderr,
 	}
 }
 
@@ -93,12 +95,13 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 	go func() { failed <- x.Serve(l) }()
 
 	p, err := envoy.Start(envoy.Config{
-		Binary:      c.envoyBinary,
-		Dir:         envoyDir(c.dir),
-		NodeID:      xds.NodeID,
-		XDSSocket:   xdsSocket,
-		Concurrency: envoy.Concurrency(),
-		Log:         c.envoyLog,
+		Binary:         c.envoyBinary,
+		Dir:            envoyDir(c.dir),
+		NodeID:         xds.NodeID,
+		XDSSocket:      xdsSocket,
+		Concurrency:    envoy.Concurrency(),
+		MaxConnections: c.maxConnections,
+		Log:            c.envoyLog,
 	})
 	if err != nil {
 		return err
@@ -195,7 +198,8 @@ func (s *sidecar) apply(state *podsock.EnclaveState) {
 	}
 }
 
-// leave refuses new connections and gives those that are open a little time.
+// leave refuses new connections and gives those that are open a little time: when the workload has
+// ended, clients may still be taking its last answers from Envoy.
 func (s *sidecar) leave(envoyEnded <-chan struct{}) {
 	s.mu.Lock()
 	s.stopping = true
@@ -204,12 +208,18 @@ func (s *sidecar) leave(envoyEnded <-chan struct{}) {
 	if err != nil {
 		s.log.Error("take Envoy's listeners away", "error", err)
 	}
-	deadline := time.After(leaveTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
+	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for s.relay.Active() > 0 {
+	for {
+		if s.relay.Active() == 0 {
+			if n, err := s.admin.Connections(ctx); err != nil || n == 0 {
+				return
+			}
+		}
 		select {
-		case <-deadline:
+		case <-ctx.Done():
 			return
 		case <-envoyEnded:
 			return

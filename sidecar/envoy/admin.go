@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 )
 
@@ -52,6 +53,28 @@ func (a *Admin) Listeners(ctx context.Context) ([]string, error) {
 		names = append(names, l.Name)
 	}
 	return names, nil
+}
+
+// Connections returns how many connections clients have to listeners, also to those that were taken
+// away and drain.
+func (a *Admin) Connections(ctx context.Context) (int, error) {
+	body, err := a.get(ctx, "/stats?filter=^listener\\..*\\.downstream_cx_active$")
+	if err != nil {
+		return 0, err
+	}
+	total := 0
+	for line := range strings.Lines(string(body)) { // listener.0.0.0.0_80.downstream_cx_active: 3
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		if strings.HasPrefix(name, "listener.admin.") || strings.Contains(name, ".worker_") {
+			continue // our own; counted twice
+		}
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return 0, fmt.Errorf("read envoy's statistics: %w", err)
+		}
+		total += n
+	}
+	return total, nil
 }
 
 func (a *Admin) get(ctx context.Context, path string) ([]byte, error) {

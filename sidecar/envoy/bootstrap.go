@@ -7,6 +7,8 @@ import (
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
+	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -14,9 +16,9 @@ import (
 
 const xdsCluster = "xds"
 
-// bootstrap returns Envoy's bootstrap configuration in JSON: everything but the admin socket comes by
-// delta ADS over a unix socket.
-func bootstrap(nodeID, adminSocket, xdsSocket string) ([]byte, error) {
+// bootstrap returns Envoy's bootstrap configuration in JSON: the admin socket and the limit of
+// connections; everything else comes by delta ADS over a unix socket.
+func bootstrap(c Config, adminSocket string) ([]byte, error) {
 	http2, err := anypb.New(&httpv3.HttpProtocolOptions{
 		UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
 			ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
@@ -29,6 +31,10 @@ func bootstrap(nodeID, adminSocket, xdsSocket string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create bootstrap: %w", err)
 	}
+	limit, err := anypb.New(&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: c.MaxConnections})
+	if err != nil {
+		return nil, fmt.Errorf("create bootstrap: %w", err)
+	}
 	ads := func() *corev3.ConfigSource {
 		return &corev3.ConfigSource{
 			ResourceApiVersion:    corev3.ApiVersion_V3,
@@ -36,9 +42,13 @@ func bootstrap(nodeID, adminSocket, xdsSocket string) ([]byte, error) {
 		}
 	}
 	b, err := protojson.Marshal(&bootstrapv3.Bootstrap{
-		Node: &corev3.Node{Id: nodeID, Cluster: nodeID},
+		Node: &corev3.Node{Id: c.NodeID, Cluster: c.NodeID},
 		Admin: &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_Pipe{
 			Pipe: &corev3.Pipe{Path: adminSocket, Mode: 0o600},
+		}}},
+		OverloadManager: &overloadv3.OverloadManager{ResourceMonitors: []*overloadv3.ResourceMonitor{{
+			Name:       "envoy.resource_monitors.global_downstream_max_connections",
+			ConfigType: &overloadv3.ResourceMonitor_TypedConfig{TypedConfig: limit},
 		}}},
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			LdsConfig: ads(),
@@ -63,7 +73,7 @@ func bootstrap(nodeID, adminSocket, xdsSocket string) ([]byte, error) {
 				ClusterName: xdsCluster,
 				Endpoints: []*endpointv3.LocalityLbEndpoints{{LbEndpoints: []*endpointv3.LbEndpoint{{
 					HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
-						Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: xdsSocket}}},
+						Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: c.XDSSocket}}},
 					}},
 				}}}},
 			},

@@ -21,12 +21,13 @@ const logFormat = `{"time":"%Y-%m-%dT%T.%f%z","level":"%l","msg":"%j","component
 
 // Config says how to run Envoy.
 type Config struct {
-	Binary      string    // path
-	Dir         string    // on tmpfs; made with mode 0700; holds the bootstrap and the admin socket
-	NodeID      string    // what Envoy calls itself to the xDS server
-	XDSSocket   string    // unix socket of the xDS server
-	Concurrency int       // worker threads
-	Log         io.Writer // takes JSON lines
+	Binary         string    // path
+	Dir            string    // on tmpfs; made with mode 0700; holds the bootstrap and the admin socket
+	NodeID         string    // what Envoy calls itself to the xDS server
+	XDSSocket      string    // unix socket of the xDS server
+	Concurrency    int       // worker threads
+	MaxConnections int64     // of clients, at once
+	Log            io.Writer // takes JSON lines
 }
 
 // AdminSocket returns the path of the admin socket of an Envoy with that Config.Dir.
@@ -48,7 +49,7 @@ func Start(c Config) (*Process, error) {
 	if err := os.Remove(admin); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("start envoy: %w", err)
 	}
-	b, err := bootstrap(c.NodeID, admin, c.XDSSocket)
+	b, err := bootstrap(c, admin)
 	if err != nil {
 		return nil, err
 	}
@@ -61,9 +62,9 @@ func Start(c Config) (*Process, error) {
 		"--config-path", file,
 		"--disable-hot-restart",
 		"--concurrency", strconv.Itoa(c.Concurrency),
-		// How long a listener that was taken away keeps its connections. They end before it, with the
-		// enclave.
-		"--drain-time-s", "1", "--drain-strategy", "immediate",
+		// How long a listener that was taken away keeps its connections. The relay closes them, with the
+		// enclave; this is the time for slow clients to take what was sent before.
+		"--drain-time-s", "10", "--drain-strategy", "immediate",
 		"--log-level", "warning",
 		"--log-format", logFormat,
 	)

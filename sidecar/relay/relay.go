@@ -3,7 +3,7 @@
 //
 // For each port there is one unix socket, for the whole life of the sidecar. A connection to it is
 // carried to the same vsock port of the enclave that is the target at that moment. When the target
-// changes, the connections of the former one are closed at once.
+// changes, the connections of the former one are closed, within flushTime.
 package relay
 
 import (
@@ -22,8 +22,14 @@ import (
 	"cloister.dev/cloister/internal/vsock"
 )
 
-// dialTimeout bounds connecting to the enclave, which answers at once or not at all.
-const dialTimeout = 5 * time.Second
+const (
+	// dialTimeout bounds connecting to the enclave, which answers at once or not at all.
+	dialTimeout = 5 * time.Second
+
+	// flushTime is what a connection has, when its enclave has ended, to carry what the enclave had sent
+	// before: the end of the last answer may still be on its way.
+	flushTime = 200 * time.Millisecond
+)
 
 // Target is one enclave.
 type Target struct {
@@ -82,7 +88,7 @@ func Listen(dir string, ports []uint16) (*Relay, error) {
 }
 
 // Set makes t the target of new connections; nil means that there is none. Connections of another
-// generation are closed.
+// generation are closed, within flushTime; Set does not wait for it.
 func (r *Relay) Set(t *Target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -142,23 +148,21 @@ func (r *Relay) accept(l *net.UnixListener, port uint32) {
 // the enclave cannot be reached the client sees its connection closed, without a byte.
 func (s *session) carry(client *net.UnixConn, port uint32) {
 	defer client.Close()
-	defer context.AfterFunc(s.ctx, func() { client.Close() })()
+	flush := func(c net.Conn) func() bool {
+		return context.AfterFunc(s.ctx, func() { c.SetDeadline(time.Now().Add(flushTime)) })
+	}
+	defer flush(client)()
 
 	ctx, cancel := context.WithTimeout(s.ctx, dialTimeout)
 	defer cancel()
-	forget := func() bool { return true }
 	c, err := s.Secret.Dial(ctx, port, func(ctx context.Context, port uint32) (net.Conn, error) {
-		c, err := vsock.Dial(ctx, s.Address, port)
-		if err == nil { // from here on, also while the secret is being proven
-			forget = context.AfterFunc(s.ctx, func() { c.Close() })
-		}
-		return c, err
+		return vsock.Dial(ctx, s.Address, port)
 	})
-	defer func() { forget() }()
 	if err != nil {
 		return // often, while an enclave ends; the client sees it
 	}
 	defer c.Close()
+	defer flush(c)()
 	if enclave, ok := c.(stream); ok {
 		join(client, enclave)
 	}

@@ -247,6 +247,25 @@ func TestEnclaveThatCannotBeReached(t *testing.T) {
 	}
 }
 
+// What the enclave sent before its end arrives, also when nobody had read it yet.
+func TestLastWords(t *testing.T) {
+	sent := bytes.Repeat([]byte("last words "), 10_000)
+	gone := make(chan struct{})
+	r, dial := start(t, enclave(t, 1, func(c net.Conn) {
+		c.Write(sent)
+		close(gone)
+	}))
+	c := dial()
+	go func() {
+		<-gone
+		r.Set(nil)
+	}()
+	<-gone
+	if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes arrived, %v; %d were sent", len(got), err, len(sent))
+	}
+}
+
 // A connection that is being dialled when its generation ends does not outlive it.
 func TestEndWhileDialling(t *testing.T) {
 	dir := shortDir(t)

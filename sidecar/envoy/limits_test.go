@@ -1,6 +1,9 @@
 package envoy
 
-import "testing"
+import (
+	"math"
+	"testing"
+)
 
 func TestWorkers(t *testing.T) {
 	tests := map[string]int{
@@ -18,6 +21,20 @@ func TestWorkers(t *testing.T) {
 	for limit, want := range tests {
 		if got := workers(limit); got != want {
 			t.Errorf("workers(%q) = %d, want %d", limit, got, want)
+		}
+	}
+}
+
+func TestConnections(t *testing.T) {
+	tests := map[string]int64{
+		"max\n":       math.MaxInt64,
+		"":            math.MaxInt64,
+		"134217728\n": 2048, // 128Mi
+		"1048576\n":   1,
+	}
+	for limit, want := range tests {
+		if got := connections(limit); got != want {
+			t.Errorf("connections(%q) = %d, want %d", limit, got, want)
 		}
 	}
 }
