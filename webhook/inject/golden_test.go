@@ -210,3 +210,35 @@ func TestManifest(t *testing.T) {
 		t.Errorf("manifest (-want +got):\n%s", diff)
 	}
 }
+
+// TestTooLarge: what does not fit into one environment variable is denied with both sizes.
+func TestTooLarge(t *testing.T) {
+	pod := func(size int) []byte {
+		return fmt.Appendf(nil, `{"metadata":{"annotations":{"cloister.dev/enclave":"a"}},"spec":{"containers":[{"name":"a","image":"x@sha256:%s","args":[%q]}]}}`,
+			strings.Repeat("ab", 32), strings.Repeat("x", size))
+	}
+	fits := workload.MaxManifestSize - 400
+	ops, _, errs := Patch(pod(fits), testOptions)
+	if len(errs) > 0 {
+		t.Fatal(sentences(errs))
+	}
+	checkLaw(t, pod(fits), ops)
+	for _, size := range []int{workload.MaxManifestSize - 150, workload.MaxManifestSize} {
+		_, _, errs := Patch(pod(size), testOptions)
+		if got := sentences(errs); !strings.Contains(got, fmt.Sprint(workload.MaxManifestSize)) || len(errs) != 1 {
+			t.Errorf("%d bytes: %s", size, got)
+		}
+	}
+}
+
+// TestEscape: the kubelet turns $$ into $ and leaves every other $ that begins no $(VAR).
+func TestEscape(t *testing.T) {
+	for value, want := range map[string]string{"": "", "a": "a", "$": "$$", "$(X)": "$$(X)", "$$(X)": "$$$$(X)", "a$b$": "a$$b$$"} {
+		if got := escape(value); got != want {
+			t.Errorf("escape(%q) = %q, want %q", value, got, want)
+		}
+		if got := unescape(want); got != value {
+			t.Errorf("unescape(%q) = %q, want %q", want, got, value)
+		}
+	}
+}

@@ -81,7 +81,9 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 	return ops, warnings, nil
 }
 
-const driverWarning = "driver process: this enclave is not an isolation boundary, use it for development only"
+// driverWarning also names what the API server asks of the namespace: Pod Security refuses the pod
+// elsewhere, and the webhook does not know the namespace's labels.
+const driverWarning = "driver process: development only, not an isolation boundary; the namespace must be Pod Security privileged"
 
 func undecodable(err error) field.ErrorList {
 	return field.ErrorList{field.Invalid(field.NewPath("pod"), field.OmitValueType{}, fmt.Sprintf("it cannot be decoded: %v", err))}
