@@ -104,7 +104,7 @@ func (s *Server) handle(get func(v1.Hash) (mediaType string, size int64, content
 			err = fmt.Errorf("unsupported digest algorithm %q", digest.Algorithm)
 		}
 		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
+			http.Error(w, fmt.Sprintf("%q is not a digest: %v", r.PathValue("digest"), err), http.StatusBadRequest)
 			return
 		}
 		mediaType, size, content, err := get(digest)

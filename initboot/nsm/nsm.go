@@ -124,8 +124,8 @@ func failure(c code) []byte {
 	return cbor.AppendText(cbor.AppendText(cbor.AppendMap(nil, 1), "Error"), string(c))
 }
 
-// request is any request; fields that it does not have are zero.
-type request struct {
+// call is any request; fields that it does not have are zero.
+type call struct {
 	name                       string
 	fields                     map[string]bool // which there are
 	index                      uint64          // also the range of LockPCRs
@@ -134,8 +134,8 @@ type request struct {
 }
 
 // parse reads a request: a text string, or a map from it to its fields.
-func parse(b []byte) (*request, error) {
-	r := &request{fields: map[string]bool{}}
+func parse(b []byte) (*call, error) {
+	r := &call{fields: map[string]bool{}}
 	d := cbor.NewDecoder(b)
 	var err error
 	if r.name, err = d.Text(); err == nil {
@@ -157,7 +157,7 @@ func parse(b []byte) (*request, error) {
 	return r, d.End()
 }
 
-func (r *request) field(d *cbor.Decoder) error {
+func (r *call) field(d *cbor.Decoder) error {
 	key, err := d.Text()
 	if err != nil {
 		return err
@@ -184,7 +184,7 @@ func (r *request) field(d *cbor.Decoder) error {
 }
 
 // has reports whether the request has exactly these fields.
-func (r *request) has(fields ...string) bool {
+func (r *call) has(fields ...string) bool {
 	for _, f := range fields {
 		if !r.fields[f] {
 			return false
@@ -194,7 +194,7 @@ func (r *request) has(fields ...string) bool {
 }
 
 // only reports whether the request has no other fields than these.
-func (r *request) only(fields ...string) bool {
+func (r *call) only(fields ...string) bool {
 	for f := range r.fields {
 		if !slices.Contains(fields, f) {
 			return false
@@ -204,7 +204,7 @@ func (r *request) only(fields ...string) bool {
 }
 
 // do carries out a request. The caller holds mu.
-func (n *NSM) do(r *request) ([]byte, code) {
+func (n *NSM) do(r *call) ([]byte, code) {
 	switch {
 	case r.name == "DescribeNSM" && r.has():
 		return n.describe(), ""
@@ -281,7 +281,7 @@ func (n *NSM) describe() []byte {
 }
 
 // attest signs a document of the locked registers.
-func (n *NSM) attest(r *request) ([]byte, code) {
+func (n *NSM) attest(r *call) ([]byte, code) {
 	if len(r.userData) > maxUserData || len(r.nonce) > maxUserData || len(r.publicKey) > maxPublicKey {
 		return nil, inputTooLarge
 	}
