@@ -251,7 +251,11 @@ func (s *sidecar) ready(ctx context.Context) error {
 	if stopping {
 		return errors.New("the sidecar ends")
 	}
-	if phase != podsock.EnclaveState_PHASE_RUNNING {
+	switch phase {
+	case podsock.EnclaveState_PHASE_RUNNING:
+	case podsock.EnclaveState_PHASE_UNSPECIFIED:
+		return errors.New("initboot does not answer on the pod socket")
+	default:
 		return fmt.Errorf("the workload does not run: the enclave's phase is %s", phaseName(phase))
 	}
 	if err := s.admin.Live(ctx); err != nil {
