@@ -29,7 +29,7 @@ func TestDeath(t *testing.T) {
 		initboot, sidecar  int32  // their restarts
 	}{
 		"enclave":  {initbootContainer, "/init", 125, true, 0, 0},
-		"initboot": {initbootContainer, "/initboot", 125, true, 1, 0},
+		"initboot": {initbootContainer, "/initboot serve", 125, true, 1, 0},
 		"workload": {initbootContainer, "/testapp", 137, false, 0, 0},
 		"envoy":    {sidecarContainer, "/envoy", 0, false, 0, 1},
 	}
