@@ -55,6 +55,9 @@ func NewFetcher(dial func(context.Context) (net.Conn, error), progress func(step
 	}
 }
 
+// Close closes what f has open.
+func (f *Fetcher) Close() { f.client.CloseIdleConnections() }
+
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():

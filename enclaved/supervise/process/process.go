@@ -136,6 +136,15 @@ func (p *Process) Wait() (status int, err error) {
 // Close releases the namespaces; no command can be run beside the workload any more.
 func (p *Process) Close() { p.close() }
 
+// Stop asks the workload to end, with the signal that its image names.
+func (p *Process) Stop() error { return p.Signal(p.spec.StopSignal) }
+
+// Kill ends the workload at once.
+func (p *Process) Kill() error { return p.Signal(unix.SIGKILL) }
+
+// ProbeArgs expands a probe's command; see Spec.ProbeArgs.
+func (p *Process) ProbeArgs(command []string) []string { return p.spec.ProbeArgs(command) }
+
 // Signal sends a signal to the workload's first process. One that has ended is no error.
 func (p *Process) Signal(sig unix.Signal) error {
 	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {

@@ -26,10 +26,10 @@ func main() {
 	case "sleep":
 		fmt.Println("sleeping")
 		time.Sleep(time.Hour)
-	case "die":
-		// PID 1 cannot kill itself: a child does, and its status is handed on.
-		n, _ := strconv.Atoi(os.Args[2])
-		syscall.Kill(os.Getpid(), syscall.Signal(n))
+	case "deaf":
+		signal.Notify(make(chan os.Signal, 1))
+		fmt.Println("ready")
+		time.Sleep(time.Hour)
 	case "stop":
 		c := make(chan os.Signal, 1)
 		signal.Notify(c)

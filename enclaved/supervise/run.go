@@ -1,0 +1,219 @@
+package supervise
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"cloister.dev/cloister/enclaved/gateway"
+	"cloister.dev/cloister/enclaved/image"
+	"cloister.dev/cloister/enclaved/supervise/process"
+	"cloister.dev/cloister/internal/channel"
+)
+
+const (
+	// statusStopped is the exit status of a workload that was told to stop before it was started: that
+	// of one that SIGTERM has ended.
+	statusStopped = 128 + 15
+
+	// chunk is the size of one piece of output in bytes.
+	chunk = 32 << 10
+
+	// lastAnswers is how long the gateway may take to hand out what the workload answered at its end.
+	lastAnswers = 2 * time.Second
+)
+
+var errStopped = errors.New("the workload was stopped before it had been started")
+
+// Run implements channel.EnclaveServer.
+func (e *Enclave) Run(_ *channel.RunRequest, stream channel.Enclave_RunServer) error {
+	e.mu.Lock()
+	configured, running := e.manifest != nil, e.running
+	e.running = e.running || configured
+	e.mu.Unlock()
+	if !configured {
+		return status.Error(codes.FailedPrecondition, "the enclave has not been configured")
+	}
+	if running {
+		return status.Error(codes.FailedPrecondition, "the enclave has run its workload already")
+	}
+	exited := e.run(stream.Context(), &events{stream: stream})
+	slog.Info("the workload has ended", "code", exited.GetCode(), "message", exited.GetMessage())
+	return stream.Send(&channel.RunEvent{Event: &channel.RunEvent_Exited{Exited: exited}})
+}
+
+// events sends the events of a run, from several goroutines.
+type events struct {
+	mu     sync.Mutex
+	stream channel.Enclave_RunServer
+}
+
+func (s *events) send(e *channel.RunEvent) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stream.Send(e)
+}
+
+// progress tells a step. A stream that has ended ends the run's context, so its error says nothing new.
+func (s *events) progress(step, failure string) {
+	if failure == "" {
+		slog.Info("run", "step", step)
+	} else {
+		slog.Warn("run", "step", step, "error", failure)
+	}
+	s.send(&channel.RunEvent{Event: &channel.RunEvent_Progress{Progress: &channel.Progress{Step: step, Error: failure}}})
+}
+
+func failed(err error) *channel.Exited {
+	if start, ok := errors.AsType[*process.StartError](err); ok {
+		return &channel.Exited{Code: int32(start.Status), Message: start.Message}
+	}
+	if errors.Is(err, errStopped) {
+		return &channel.Exited{Code: statusStopped, Message: err.Error()}
+	}
+	return &channel.Exited{Code: process.StatusFailed, Message: err.Error()}
+}
+
+// run is the life of the workload, from fetching its image to its exit.
+func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
+	p, pipes, err := e.start(ctx, out)
+	if err != nil {
+		close(e.ended)
+		return failed(err)
+	}
+	// A run that nobody follows any more has no reason to go on.
+	stop := context.AfterFunc(ctx, func() { e.kill(p, "initboot has left the run") })
+	out.send(&channel.RunEvent{Event: &channel.RunEvent_Started{Started: &channel.Started{}}})
+	code, err := p.Wait()
+	stop()
+	close(e.ended)
+	p.Close()
+	pipes.Wait() // nothing is left that could write: what remains is in the pipes
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastAnswers)
+	defer cancel()
+	if err := e.gateway.Close(last); err != nil {
+		slog.Warn("the workload has ended with clients connected", "error", err)
+	}
+	if err != nil {
+		return failed(err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return &channel.Exited{Code: int32(code), Message: e.killed}
+}
+
+// start gets the image and starts workload and gateway.
+func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sync.WaitGroup, error) {
+	out.progress("preparing the image", "")
+	root, scratch := filepath.Join(e.cfg.Dir, "root"), filepath.Join(e.cfg.Dir, "layers")
+	for _, dir := range []string{root, scratch} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, nil, err
+		}
+	}
+	fetch, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(e.stopping, func() { cancel(errStopped) })()
+	f := image.NewFetcher(func(ctx context.Context) (net.Conn, error) {
+		return e.secret.Dial(ctx, e.ports.GetContent(), e.cfg.Guest.Dial)
+	}, out.progress)
+	config, err := f.Image(fetch, e.manifest.Image, root, scratch, e.cfg.Memory)
+	f.Close()
+	if err != nil {
+		return nil, nil, err
+	}
+	out.progress("starting the workload", "")
+	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory)
+	if err != nil {
+		return nil, nil, err
+	}
+	g, err := gateway.New(gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault})
+	if err != nil {
+		return nil, nil, err
+	}
+
+	// A Stop waits here until there is something to stop, or finds that nothing will be started.
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.stopping.Err() != nil {
+		return nil, nil, errStopped
+	}
+	p, pipes, err := e.startProcess(spec, out)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := g.Start(); err != nil {
+		p.Kill()
+		p.Wait()
+		p.Close()
+		pipes.Wait()
+		return nil, nil, err
+	}
+	e.process, e.gateway = p, g
+	return p, pipes, nil
+}
+
+// listen accepts from this enclave's own sidecar on the vsock port that is called as the workload's.
+func (e *Enclave) listen(port uint32) (net.Listener, error) {
+	l, err := e.cfg.Guest.Listen(port)
+	if err != nil {
+		return nil, err
+	}
+	return e.secret.Listen(l, port), nil
+}
+
+// startProcess starts the workload and forwards what it writes. The group is done when everything that
+// was written has been sent.
+func (e *Enclave) startProcess(spec *process.Spec, out *events) (*process.Process, *sync.WaitGroup, error) {
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		outR.Close()
+		outW.Close()
+		return nil, nil, err
+	}
+	p, err := process.Start(e.cfg.Self, e.cfg.Children, spec, outW, errW)
+	outW.Close()
+	errW.Close()
+	if err != nil {
+		outR.Close()
+		errR.Close()
+		return nil, nil, err
+	}
+	var pipes sync.WaitGroup
+	pipes.Go(func() { out.forward(outR, channel.Output_STREAM_STDOUT) })
+	pipes.Go(func() { out.forward(errR, channel.Output_STREAM_STDERR) })
+	return p, &pipes, nil
+}
+
+// forward sends what comes from r. A slow reader at the other end slows the workload down; when there
+// is none any more, the output is thrown away, so that the workload can end.
+func (s *events) forward(r *os.File, stream channel.Output_Stream) {
+	defer r.Close()
+	b := make([]byte, chunk)
+	for {
+		n, err := r.Read(b)
+		if n > 0 {
+			// gRPC has encoded the bytes when it returns.
+			if s.send(&channel.RunEvent{Event: &channel.RunEvent_Output{Output: &channel.Output{Stream: stream, Data: b[:n]}}}) != nil {
+				io.Copy(io.Discard, r)
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
