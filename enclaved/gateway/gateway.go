@@ -11,6 +11,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -150,10 +151,23 @@ type conn struct {
 	net.Conn
 	gateway *Gateway
 	h2      *h2Conn // set when TLS has chosen HTTP/2; guarded by Gateway.mu
+	overTLS bool    // what it carries is TLS
 }
 
-func (g *Gateway) track(c net.Conn) *conn {
-	t := &conn{Conn: c, gateway: g}
+// errCut is the end of a connection without TLS's close_notify. crypto/tls takes io.EOF between two
+// records for the end of the data, but anybody on the way can make one (RFC 8446, section 6.1).
+var errCut = errors.New("the connection ended without TLS's end of data")
+
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err == io.EOF && c.overTLS {
+		err = errCut
+	}
+	return n, err
+}
+
+func (g *Gateway) track(c net.Conn, overTLS bool) *conn {
+	t := &conn{Conn: c, gateway: g, overTLS: overTLS}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.conns[t] = struct{}{}

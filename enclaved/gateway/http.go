@@ -122,6 +122,10 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodConnect:
 		rw.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
 		w.answer(rw, r, http.StatusMethodNotAllowed, "The gateway opens no tunnels: CONNECT is not accepted.")
+	case r.Method == "PRI":
+		// net/http lets the preface of HTTP/2 through as if it were a request of HTTP/1.
+		rw.Header().Set("Connection", "close")
+		w.answer(rw, r, http.StatusHTTPVersionNotSupported, "HTTP/2 must be chosen in the TLS handshake (ALPN h2).")
 	case r.URL.Path == attestationPath:
 		w.attest(rw, r)
 	default:

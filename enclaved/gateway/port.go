@@ -128,7 +128,7 @@ func (p *port) accept() {
 			}
 			continue
 		}
-		t := p.gateway.track(c)
+		t := p.gateway.track(c, p.tls != nil)
 		p.streams.Go(func() { p.serve(t) })
 	}
 }
