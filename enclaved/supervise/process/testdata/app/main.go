@@ -2,9 +2,11 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -72,12 +74,14 @@ func main() {
 			fmt.Println(err)
 			os.Exit(1)
 		}
+		signal.Notify(make(chan os.Signal, 1))
 		fmt.Println("serving")
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
+			http.ReadRequest(bufio.NewReader(c))
 			fmt.Fprintf(c, "HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", os.Args[3])
 			c.Close()
 		}
