@@ -8,6 +8,16 @@ yaml=$OUT/nginx.yaml measurements=$OUT/nginx.measurements.json root=$CACHE/dev-r
 deploy() {
   sed "s/NGINX_DIGEST/$(cat "$OUT/nginx.digest")/" "$REPO/manifests/sample/nginx.yaml" >"$yaml"
   kubectl apply -f "$yaml"
+  # A pod keeps the Cloister that it was injected with: after a change of ours it is replaced.
+  . "$OUT/images.env"
+  local injected
+  injected=$(kubectl -n cloister-sample get pods -l app=nginx -o jsonpath='{.items[*].spec.initContainers[*].image}')
+  for image in $injected; do
+    [[ $image = "$INITBOOT_DEV_IMAGE" || $image = "$SIDECAR_IMAGE" ]] || {
+      kubectl -n cloister-sample rollout restart deployment/nginx
+      break
+    }
+  done
   kubectl -n cloister-sample rollout status deployment/nginx --timeout=180s || {
     kubectl -n cloister-sample describe pods
     exit 1
