@@ -28,7 +28,7 @@ var commands = map[string]func(args []string) int{
 }
 
 func main() {
-	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)))
+	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)).With("component", "initboot"))
 	args := os.Args[1:]
 	for words := 1; words <= min(2, len(args)); words++ {
 		name := args[0]

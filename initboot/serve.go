@@ -36,8 +36,13 @@ func serve(args []string) int {
 	if !parse(f, args, os.Stderr) {
 		return 2
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	go func() {
+		<-signals
+		cancel(errors.New("initboot was told to shut down"))
+	}()
 
 	cfg := boot.Config{EIF: *image, Console: os.Stderr, Log: slog.Default()}
 	if *driverName == "process" {

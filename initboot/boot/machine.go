@@ -344,6 +344,13 @@ func (m *Machine) Run(_ *podsock.RunRequest, stream podsock.Pod_RunServer) error
 		m.cfg.Log.Info("console is gone", "generation", e.generation)
 		return stream.Context().Err()
 	}
+	if status.Code(err) == codes.Unavailable {
+		// The control channel has broken, and why is about to be known.
+		select {
+		case <-e.ctx.Done():
+		case <-time.After(2 * endTimeout):
+		}
+	}
 	why := "the enclave ended the run without an exit code"
 	switch {
 	case e.ctx.Err() != nil:
