@@ -15,7 +15,8 @@ create() {
     docker start "$CLUSTER-control-plane" >/dev/null # after a restart of the engine
     kind export kubeconfig --name "$CLUSTER" --kubeconfig "$KUBECONFIG"
   else
-    kind create cluster --name "$CLUSTER" --image "$(cat "$RUN/node-image")" --kubeconfig "$KUBECONFIG" --wait 180s
+    sed "s#CONTROL_PLANE#$HACK/kind/control-plane#" "$HACK/kind/config.yaml" >"$RUN/kind.yaml"
+    kind create cluster --name "$CLUSTER" --config "$RUN/kind.yaml" --image "$(cat "$RUN/node-image")" --kubeconfig "$KUBECONFIG" --wait 180s
   fi
   # The node's own kubectl: one is there, and of the right version, whatever the machine has.
   [ -x "$BIN/kubectl" ] || docker cp -L "$CLUSTER-control-plane:/usr/bin/kubectl" "$BIN/kubectl"
