@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -110,23 +111,36 @@ func within[T any](t *testing.T, f func() T) T {
 	}
 }
 
-// processes counts the processes of the machine whose executable is the test's init.
-func processes(t *testing.T) (n int) {
+// processes counts the machine's processes with the name that the test's init gives itself and its child.
+func processes(t *testing.T, name string) (n int) {
 	t.Helper()
 	comms, _ := filepath.Glob("/proc/[0-9]*/comm")
 	for _, c := range comms {
-		exe, _ := os.Readlink(filepath.Join(filepath.Dir(c), "exe"))
-		if b, _ := os.ReadFile(c); exe == "/init" && strings.TrimSpace(string(b)) == "init" {
+		if b, _ := os.ReadFile(c); strings.TrimSpace(string(b)) == name {
 			n++
 		}
 	}
 	return n
 }
 
+// uniqueName is a name for processes, of at most 15 bytes.
+func uniqueName() string { return fmt.Sprintf("%08x", rand.Uint32()) }
+
+// until waits for a condition.
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
 func TestEnclave(t *testing.T) {
 	needRoot(t)
 	init := buildInit(t)
-	image := writeEIF(t, "console=ttyS0 cloister.nsm=dev",
+	name := uniqueName()
+	image := writeEIF(t, "console=ttyS0 test.name="+name,
 		ramdisk(t, false, cpio.Directory("etc", 0o755), cpio.StaticFile("etc/ramdisk1", "one", 0o644), cpio.StaticFile("etc/ramdisk2", "one", 0o644)),
 		ramdisk(t, true, cpio.StaticFile("init", string(init), 0o755), cpio.StaticFile("etc/ramdisk2", "two", 0o644)))
 	dir := runDir(t)
@@ -165,7 +179,7 @@ func TestEnclave(t *testing.T) {
 			return report
 		})
 		want := map[string]string{
-			"cmdline":       "console=ttyS0 cloister.nsm=dev\n",
+			"cmdline":       "console=ttyS0 test.name=" + name + "\n",
 			"hostname":      "(none)",
 			"env":           "HOME=/ TERM=linux",
 			"/etc/ramdisk1": "one",
@@ -185,16 +199,14 @@ func TestEnclave(t *testing.T) {
 		} else {
 			c.Close()
 		}
-		if n := processes(t); n != 2 {
-			t.Errorf("%d processes run, want PID 1 and its child", n)
-		}
+		until(t, "PID 1 and its child run", func() bool { return processes(t, name) == 2 })
 		if err := within(t, e.Stop); err != nil {
 			t.Error(err)
 		}
 		if err := e.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
 			t.Errorf("Wait after Stop: %v", err)
 		}
-		if n := processes(t); n != 0 {
+		if n := processes(t, name); n != 0 {
 			t.Errorf("%d processes run after Stop", n)
 		}
 		if b := within(t, func() string { b, _ := io.ReadAll(console); return string(b) }); b != "hello from PID 1\n" {
@@ -220,20 +232,20 @@ func TestEnclaveEnds(t *testing.T) {
 		wait     string
 	}{
 		"exits": {
-			cmdline: "cloister.nsm=dev test.exit=7", ramdisks: [][]byte{init},
+			cmdline: "test.exit=7", ramdisks: [][]byte{init},
 			wait: "the enclave's PID 1 exited with status 7",
 		},
 		"no init": {
-			cmdline: "cloister.nsm=dev", ramdisks: [][]byte{ramdisk(t, false, cpio.StaticFile("etc/x", "", 0o644))},
-			start: "have no /init",
+			ramdisks: [][]byte{ramdisk(t, false, cpio.StaticFile("etc/x", "", 0o644))},
+			start:    "have no /init",
 		},
 		"hostile": {
-			cmdline: "cloister.nsm=dev", ramdisks: [][]byte{init, archive(entry{name: "../../../tmp/x", mode: 0o100644, data: "x"})},
-			start: `unpack ramdisk 2 of the EIF: unpack "../../../tmp/x": the name climbs with ..`,
+			ramdisks: [][]byte{init, archive(entry{name: "../../../tmp/x", mode: 0o100644, data: "x"})},
+			start:    `unpack ramdisk 2 of the EIF: unpack "../../../tmp/x": the name climbs with ..`,
 		},
 		"too big": {
-			cmdline: "cloister.nsm=dev", ramdisks: [][]byte{init, ramdisk(t, true, cpio.StaticFile("x", string(make([]byte, overhead+2<<20)), 0o644))},
-			start: "no space left on device",
+			ramdisks: [][]byte{init, ramdisk(t, true, cpio.StaticFile("x", string(make([]byte, overhead+2<<20)), 0o644))},
+			start:    "no space left on device",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -265,7 +277,8 @@ func TestEnclaveEnds(t *testing.T) {
 // TestParentDies kills a process that holds an enclave: nothing of the enclave may outlive it.
 func TestParentDies(t *testing.T) {
 	needRoot(t)
-	image := writeEIF(t, "cloister.nsm=dev", ramdisk(t, false, cpio.StaticFile("init", string(buildInit(t)), 0o755)))
+	name := uniqueName()
+	image := writeEIF(t, "test.name="+name, ramdisk(t, false, cpio.StaticFile("init", string(buildInit(t)), 0o755)))
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestHoldEnclave$")
 	cmd.Env = append(os.Environ(), "PROCESS_TEST_HOLD="+runDir(t), "PROCESS_TEST_EIF="+image)
 	stdout, err := cmd.StdoutPipe()
@@ -281,18 +294,12 @@ func TestParentDies(t *testing.T) {
 		io.ReadFull(stdout, b)
 		return string(b)
 	})
-	if line != "started\n" || processes(t) == 0 {
+	if line != "started\n" || processes(t, name) == 0 {
 		t.Fatalf("the enclave did not start: %q", line)
 	}
 	cmd.Process.Kill()
 	cmd.Wait()
-	deadline := time.Now().Add(10 * time.Second)
-	for processes(t) > 0 {
-		if time.Now().After(deadline) {
-			t.Fatal("the enclave outlives the process that held it")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	until(t, "the enclave has gone with the process that held it", func() bool { return processes(t, name) == 0 })
 }
 
 // TestHoldEnclave is TestParentDies' other process.

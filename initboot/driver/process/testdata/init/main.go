@@ -1,5 +1,5 @@
 // Init is an enclave's PID 1 for the driver's test: it looks around, reports on vsock port 9000 of its
-// host, and then lives until it is killed, with a grandchild that its death must take along.
+// host, and then lives until it is killed, with a child that its death must take along.
 package main
 
 import (
@@ -17,7 +17,8 @@ import (
 )
 
 func main() {
-	if len(os.Args) > 1 { // the grandchild
+	if len(os.Args) > 1 { // the child
+		mark(os.Args[1])
 		signal.Ignore(syscall.SIGTERM, syscall.SIGHUP)
 		syscall.Pause()
 	}
@@ -63,11 +64,13 @@ func main() {
 		_, err = io.ReadFull(f, make([]byte, 8))
 		report["urandom"] = fmt.Sprint(err)
 	}
-	child := exec.Command("/init", "child")
+	_, name, _ := strings.Cut(strings.TrimSpace(string(cmdline)), "test.name=")
+	child := exec.Command("/init", name)
 	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := child.Start(); err != nil {
 		report["child"] = err.Error()
 	}
+	mark(name)
 	l, err := net.Listen("unix", "/run/vsock/vsock.sock")
 	if err != nil {
 		fmt.Println(err)
@@ -81,4 +84,12 @@ func main() {
 	}
 	json.NewEncoder(c).Encode(report)
 	syscall.Pause()
+}
+
+// mark gives this process a name by which the test finds it among all of the machine.
+func mark(name string) {
+	if err := os.WriteFile("/proc/self/comm", []byte(name), 0o644); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
 }
