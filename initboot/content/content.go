@@ -113,8 +113,7 @@ func (s *Server) handle(get func(v1.Hash) (mediaType string, size int64, content
 			if errors.As(err, new(notFound)) {
 				code = http.StatusNotFound
 			}
-			s.log.Error("serve image", "digest", digest.String(), "error", err)
-			http.Error(w, err.Error(), code)
+			http.Error(w, err.Error(), code) // the enclave reports it as progress of the run
 			return
 		}
 		defer content.Close()

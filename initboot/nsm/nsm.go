@@ -1,8 +1,6 @@
-//go:build devnsm
-
 // Package nsm is a development NSM: it answers the requests of a Nitro Security Module and signs
-// documents with a root of its own. It exists only in builds with the tag devnsm, so that a release of
-// initboot cannot sign.
+// documents with a root of its own. Only builds of initboot with the tag devnsm import it, so that a
+// release cannot sign.
 //
 // Sources: aws-nitro-enclaves-nsm-api, src/api/mod.rs (requests, answers, errors) and
 // docs/attestation_process.md (limits); qemu, hw/virtio/virtio-nsm.c (which error when).

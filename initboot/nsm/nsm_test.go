@@ -1,5 +1,3 @@
-//go:build devnsm
-
 package nsm
 
 import (
