@@ -34,6 +34,7 @@ type System struct {
 // mounted them, the loopback device, and a tmpfs for the image of all the memory that is left. /run and
 // /tmp need no mount: the root is memory already.
 func Prepare() (*System, error) {
+	unix.Umask(0o022)
 	const strict = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	for _, m := range []struct {
 		kind, target string
