@@ -406,6 +406,10 @@ func TestPod(t *testing.T) {
 	if code := c.code(t); code != 125 {
 		t.Errorf("console without initboot: %d", code)
 	}
+	message, _ = os.ReadFile(p.path("termination-log"))
+	if string(message) != "the enclave was lost: initboot was told to shut down\n" {
+		t.Errorf("termination message: %q", message)
+	}
 	if left, _ := filepath.Glob(p.path("run/vsock/*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}

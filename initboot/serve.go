@@ -11,7 +11,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"syscall"
 	"time"
 
@@ -57,12 +56,13 @@ func serve(args []string) int {
 	server := grpc.NewServer()
 	podsock.RegisterPodServer(server, machine)
 
-	var parts sync.WaitGroup
-	parts.Go(func() { machine.Serve(ctx) })
-	parts.Go(func() { servePod(ctx, server, filepath.Join(*runDir, "pod.sock")) })
-	<-ctx.Done()
-	slog.Info("shutting down")
-	parts.Wait()
+	go servePod(ctx, server, filepath.Join(*runDir, "pod.sock"))
+	machine.Serve(ctx)
+	// The enclave is gone; console and sidecar are told before the socket goes.
+	stop := time.AfterFunc(farewell, server.Stop)
+	defer stop.Stop()
+	server.GracefulStop()
+	slog.Info("shut down")
 	return 0
 }
 
@@ -86,20 +86,22 @@ func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
 	return err
 }
 
-// servePod serves the pod socket until ctx ends. It ends streams at once then: the enclave is gone.
+// farewell is how long calls may take to end once the enclave has.
+const farewell = time.Second
+
+// servePod serves the pod socket until the server is stopped.
 func servePod(ctx context.Context, server *grpc.Server, socket string) {
-	defer context.AfterFunc(ctx, server.Stop)()
-	for ctx.Err() == nil {
+	for {
 		l, err := listenPod(socket)
 		if err == nil {
-			err = server.Serve(l)
-		}
-		if ctx.Err() != nil {
-			return
+			if err = server.Serve(l); err == nil || errors.Is(err, grpc.ErrServerStopped) {
+				return
+			}
 		}
 		slog.Error("serve pod socket", "path", socket, "error", err)
 		select {
 		case <-ctx.Done():
+			return
 		case <-time.After(time.Second):
 		}
 	}

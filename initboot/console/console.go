@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -105,7 +106,11 @@ func lost(err error) string {
 	if errors.Is(err, io.EOF) {
 		return "initboot ended the run without an exit code"
 	}
-	return status.Convert(err).Message()
+	message := status.Convert(err).Message()
+	if strings.HasPrefix(message, "error reading from server") { // gRPC's own, when the connection breaks
+		message = "initboot was lost, and the enclave with it: " + message
+	}
+	return message
 }
 
 // follow asks for the run and copies its output until it ends. Begun says that the enclave may have

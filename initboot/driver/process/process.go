@@ -33,14 +33,14 @@ type Driver struct {
 	Dir string
 }
 
-// Create makes the folder of the generation's sockets, in place of a former one.
+// Create makes the folder of the generation's sockets, in place of all former ones.
 func (d Driver) Create(generation uint64) (driver.Enclave, error) {
 	e := &enclave{
 		root: filepath.Join(d.Dir, "root"),
 		dir:  filepath.Join(d.Dir, "vsock", strconv.FormatUint(generation, 10)),
 	}
-	// A former initboot may have died and left sockets.
-	if err := os.RemoveAll(e.dir); err != nil {
+	// An initboot that was killed has left sockets, perhaps of a higher generation.
+	if err := os.RemoveAll(filepath.Dir(e.dir)); err != nil {
 		return nil, fmt.Errorf("remove sockets of an older enclave: %w", err)
 	}
 	for _, dir := range []string{e.root, e.dir} {

@@ -241,7 +241,7 @@ func TestEnclaveEnds(t *testing.T) {
 		},
 		"hostile": {
 			ramdisks: [][]byte{init, archive(entry{name: "../../../tmp/x", mode: 0o100644, data: "x"})},
-			start:    `unpack ramdisk 2 of the EIF: unpack "../../../tmp/x": the name climbs with ..`,
+			start:    `unpack ramdisk 2 of the EIF: unpack "../../../tmp/x": a name with .. could climb out`,
 		},
 		"too big": {
 			ramdisks: [][]byte{init, ramdisk(t, true, cpio.StaticFile("x", string(make([]byte, overhead+2<<20)), 0o644))},

@@ -153,7 +153,7 @@ func (u *unpacker) create(name string, h header, data io.Reader) error {
 	}
 	for part := range strings.SplitSeq(name, "/") {
 		if part == ".." {
-			return errors.New("the name climbs with ..")
+			return errors.New("a name with .. could climb out")
 		}
 	}
 	clean := strings.TrimPrefix(path.Clean("/"+name), "/")
