@@ -6,6 +6,7 @@ cd "$REPO"
 unformatted=$(gofmt -l .)
 [ -z "$unformatted" ] || die "not formatted, run gofmt -w: $unformatted"
 go vet ./...
+go vet -tags devnsm ./initboot
 fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
 "$HACK/generate.sh" "$fresh"
