@@ -160,7 +160,7 @@ func TestDenied(t *testing.T) {
 			app(p).LivenessProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(8080)}}}
 		}, []string{"tcpSocket"}},
 		"our port":        {func(p *corev1.Pod) { app(p).Ports[0].ContainerPort = 14021 }, []string{"14021"}},
-		"UDP":             {func(p *corev1.Pod) { app(p).Ports[0].Protocol = corev1.ProtocolUDP }, []string{"UDP"}},
+		"UDP":             {func(p *corev1.Pod) { app(p).Ports[0].Protocol = corev1.ProtocolUDP }, []string{"only TCP"}},
 		"privileged":      {func(p *corev1.Pod) { app(p).SecurityContext = &corev1.SecurityContext{Privileged: new(true)} }, []string{"privileged"}},
 		"not built yet":   {func(p *corev1.Pod) { config(p, "debug: true") }, []string{"debug", "not built yet"}},
 		"misspelt config": {func(p *corev1.Pod) { config(p, "memmory: 1Gi") }, []string{"memmory", `did you mean "memory"`}},

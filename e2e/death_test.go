@@ -22,7 +22,7 @@ type handshake struct {
 func TestDeath(t *testing.T) {
 	c := e2e(t)
 	ns := c.namespace(t, true)
-	tests := map[string]struct {
+	for name, tt := range map[string]struct {
 		container, command string // whose process is killed
 		console            int32  // exit code of the console; 0 if it stays
 		message            bool   // the console says why
@@ -32,14 +32,12 @@ func TestDeath(t *testing.T) {
 		"initboot": {initbootContainer, "/initboot serve", 125, true, 1, 0},
 		"workload": {initbootContainer, "/testapp", 137, false, 0, 0},
 		"envoy":    {sidecarContainer, "/envoy", 0, false, 0, 1},
-	}
-	for name := range tests {
-		pod := c.appPod(t, name)
-		pod.Spec.Containers[0].ReadinessProbe = httpProbe("/check/ready", 8080)
-		ns.create(t, pod)
-	}
-	for name, tt := range tests {
+	} {
 		t.Run(name, func(t *testing.T) {
+			pod := c.appPod(t, name)
+			pod.Spec.Containers[0].ReadinessProbe = httpProbe("/check/ready", 8080)
+			ns.create(t, pod)
+			defer ns.remove(t, name)
 			before := ns.ready(t, name, 1)[0]
 			clients, ready := c.start(t, "handshakes", before.Status.PodIP+":8080")
 			oldKey := strings.TrimPrefix(ready, "ready ")

@@ -61,7 +61,7 @@ func TestWrongImage(t *testing.T) {
 	}
 	absent := "sha256:" + strings.Repeat("ab", 32)
 
-	tests := map[string]struct {
+	for name, tt := range map[string]struct {
 		registry []string // flags of a registry that is wrong; nil for the real one
 		digest   string   // of the image; empty for the right one
 		want     string   // digest that the pod complains of
@@ -71,23 +71,21 @@ func TestWrongImage(t *testing.T) {
 		"flipped-config":   {[]string{"-flip", config.String()}, "", config.Hex},
 		"flipped-manifest": {[]string{"-flip", manifest.String()}, "", manifest.Hex},
 		"not-found":        {nil, absent, strings.TrimPrefix(absent, "sha256:")},
-	}
-	for name, tt := range tests {
-		pod := c.appPod(t, name)
-		host := registryHost
-		if tt.registry != nil {
-			wrong, ready := c.start(t, append([]string{"registry", "-upstream", "http://" + c.registryAddr(t)}, tt.registry...)...)
-			t.Cleanup(func() { wrong.stop(t) })
-			host = c.nodeAddr(t) + ":" + strings.TrimPrefix(ready, "ready ")
-		}
-		pod.Spec.Containers[0].Image = c.appRef(t, host)
-		if tt.digest != "" {
-			pod.Spec.Containers[0].Image = host + "/testapp@" + tt.digest
-		}
-		ns.create(t, pod)
-	}
-	for name, tt := range tests {
+	} {
 		t.Run(name, func(t *testing.T) {
+			pod := c.appPod(t, name)
+			host := registryHost
+			if tt.registry != nil {
+				wrong, ready := c.start(t, append([]string{"registry", "-upstream", "http://" + c.registryAddr(t)}, tt.registry...)...)
+				defer wrong.stop(t)
+				host = c.nodeAddr(t) + ":" + strings.TrimPrefix(ready, "ready ")
+			}
+			pod.Spec.Containers[0].Image = c.appRef(t, host)
+			if tt.digest != "" {
+				pod.Spec.Containers[0].Image = host + "/testapp@" + tt.digest
+			}
+			ns.create(t, pod)
+			defer ns.remove(t, name)
 			eventually(t, bootTime, "the pod says why it waits", func() (bool, string) {
 				events, err := c.kube.CoreV1().Events(ns.name).List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.name=" + name})
 				if err != nil {
@@ -105,7 +103,7 @@ func TestWrongImage(t *testing.T) {
 			if said := output(t, "kubectl", "-n", ns.name, "describe", "pod", name); !strings.Contains(said, tt.want) {
 				t.Errorf("kubectl describe lacks %s: %s", tt.want, said)
 			}
-			pod := ns.pod(t, name)
+			pod = ns.pod(t, name)
 			app := container(t, pod, "app")
 			if app.State.Running == nil || app.Started != nil && *app.Started || isReady(pod) {
 				t.Errorf("the pod does not wait: %s", state(pod))

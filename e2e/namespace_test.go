@@ -262,6 +262,17 @@ func (ns *namespace) pod(t *testing.T, name string) *corev1.Pod {
 	return pod
 }
 
+// remove deletes a pod that has done its part, unless its test failed: the node has room for few.
+func (ns *namespace) remove(t *testing.T, name string) {
+	t.Helper()
+	if t.Failed() {
+		return
+	}
+	if err := ns.kube.CoreV1().Pods(ns.name).Delete(context.WithoutCancel(t.Context()), name, metav1.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
 // pods lists the pods of an app that are not being deleted.
 func (ns *namespace) pods(t *testing.T, app string) []corev1.Pod {
 	t.Helper()
