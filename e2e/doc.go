@@ -1,8 +1,19 @@
-// Package e2e shows each promise of the project on a kind cluster, one file a promise.
+// Package e2e shows each promise of the project on a kind cluster, one file a promise:
+//
+//	attested_test.go     an unmodified nginx answers from an enclave, and the client says what it verified
+//	mismatch_test.go     a measurement that differs ends the connection before a byte of the request
+//	manifest_test.go     what is measured, and that each replica attests what `cloister measure` says
+//	host_test.go         the host reads nothing, and cannot pass for the enclave
+//	logs_probes_test.go  kubectl logs and probes work as ever
+//	jobs_test.go         so do Jobs and exit codes
+//	death_test.go        whatever dies, nobody hangs and the pod serves again
+//	admission_test.go    what is left alone, and what is denied
+//	layers_test.go       images that are wrong, slow or not there
+//	rollout_test.go      a rolling restart without a failed request
 //
 // `make test-e2e` brings up the cluster, installs what is tested and runs the tests; without
 // CLOISTER_E2E=1 they skip. The settings come from the environment, see the type settings.
 //
 // Programs of the tests' own: testapp is a workload that can be told to misbehave, node runs on the
-// cluster's node and plays the untrusted host and clients inside the cluster.
+// cluster's node and plays the untrusted host and clients inside the cluster's network.
 package e2e
