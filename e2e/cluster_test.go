@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"cloister.dev/cloister/workload"
@@ -72,6 +73,7 @@ var setUp = sync.OnceValues(func() (*cluster, error) {
 		return nil, fmt.Errorf("read KUBECONFIG: %w", err)
 	}
 	config.QPS, config.Burst = 50, 100
+	config.WarningHandler = rest.NoWarnings{} // every injected pod brings some
 	if c.kube, err = kubernetes.NewForConfig(config); err != nil {
 		return nil, err
 	}

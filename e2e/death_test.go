@@ -31,6 +31,8 @@ func TestDeath(t *testing.T) {
 		"enclave":  {initbootContainer, "/init", 125, true, 0, 0},
 		"initboot": {initbootContainer, "/initboot serve", 125, true, 1, 0},
 		"workload": {initbootContainer, "/testapp", 137, false, 0, 0},
+		"console":  {"app", "/initboot console", 137, false, 0, 0},
+		"sidecar":  {sidecarContainer, "/sidecar serve", 0, false, 0, 1},
 		"envoy":    {sidecarContainer, "/envoy", 0, false, 0, 1},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -26,14 +26,14 @@ type client struct {
 	Failures    []string `json:"failures"` // one sentence a failed request
 	Protocol    string   `json:"protocol"` // of the last answer
 
-	name   string
-	http   *http.Client
-	dialed atomic.Int64
+	name, path, want string
+	http             *http.Client
+	dialed           atomic.Int64
 }
 
-// load asks https://ADDR/echo with two clients, one with a new connection for each request and one
-// that keeps an HTTP/2 connection, and prints at the end what became of every request. Both verify
-// the enclave on every connection.
+// load asks testapp at ADDR with three clients: one with a new connection for each request, one that
+// keeps an HTTP/2 connection, and one that does so with requests that take 2 seconds. It prints at
+// the end what became of every request. All verify the enclave on every connection.
 func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	addr := flags.String("addr", "", "`HOST:PORT` of the Service")
@@ -46,7 +46,11 @@ func load(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	clients := []*client{{name: "fresh"}, {name: "kept"}}
+	clients := []*client{
+		{name: "fresh", path: "/echo?here", want: "here"},
+		{name: "kept", path: "/echo?here", want: "here"},
+		{name: "slow", path: "/slow?for=2s", want: "done"},
+	}
 	var ready, done sync.WaitGroup
 	for _, c := range clients {
 		verifier, err := attestation.NewVerifier(opts)
@@ -60,7 +64,7 @@ func load(ctx context.Context, args []string) error {
 		transport := &http.Transport{
 			TLSClientConfig:   verifier.ClientConfig(base),
 			DisableKeepAlives: c.name == "fresh",
-			ForceAttemptHTTP2: c.name == "kept",
+			ForceAttemptHTTP2: c.name != "fresh",
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 				c.dialed.Add(1)
 				var d net.Dialer
@@ -69,7 +73,7 @@ func load(ctx context.Context, args []string) error {
 		}
 		c.http = &http.Client{Transport: transport, Timeout: 10 * time.Second}
 		ready.Add(1)
-		done.Go(func() { c.run(ctx, "https://"+*addr+"/echo?still-here", ready.Done) })
+		done.Go(func() { c.run(ctx, "https://"+*addr+c.path, ready.Done) })
 	}
 	ready.Wait()
 	fmt.Println("ready")
@@ -99,9 +103,9 @@ func options(measurements, root string) (attestation.Options, error) {
 	return opts, err
 }
 
-// run asks url until ctx is done, and calls ready after the tenth request.
+// run asks url until ctx is done, and calls ready after the second request.
 func (c *client) run(ctx context.Context, url string, ready func()) {
-	const warm = 10
+	const warm = 2
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for ctx.Err() == nil {
@@ -129,7 +133,7 @@ func (c *client) ask(url string) error {
 		return err
 	}
 	c.Protocol = r.Proto
-	if r.StatusCode != http.StatusOK || string(body) != "still-here" {
+	if r.StatusCode != http.StatusOK || string(body) != c.want {
 		return errors.New(r.Status + ": " + string(body))
 	}
 	return nil

@@ -5,7 +5,7 @@
 //	node tamper DIR          stands between enclave and initboot, changes what the enclave gets
 //	node handshakes ADDR     one TLS handshake every 50 ms, a line of JSON for each
 //	node registry FLAGS      a registry that is slow or wrong
-//	node load FLAGS          two clients that never stop asking
+//	node load FLAGS          clients that never stop asking
 //
 // Every command prints one line when it is ready and runs until its standard input ends, so that
 // none outlives its test.

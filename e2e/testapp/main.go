@@ -8,6 +8,7 @@
 // The server answers
 //
 //	/echo            the request's body, or its query
+//	/slow?for=2s     "done", after that time
 //	/count           how often /echo was asked
 //	/env?name=N      the value of an environment variable
 //	/check/N         200, or 503 after /break/N, until /mend/N
@@ -117,6 +118,18 @@ func handler(exit chan<- int) http.Handler {
 		echoed.Add(1)
 		if n, _ := io.Copy(w, r.Body); n == 0 {
 			io.WriteString(w, r.URL.RawQuery)
+		}
+	})
+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
+		d, err := time.ParseDuration(r.FormValue("for"))
+		if err != nil {
+			report(w, err)
+			return
+		}
+		select {
+		case <-time.After(d):
+			io.WriteString(w, "done")
+		case <-r.Context().Done():
 		}
 	})
 	mux.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, echoed.Load()) })
