@@ -39,6 +39,9 @@ type Manifest struct {
 	Ports      []Port    `json:"ports,omitempty"`
 	Probes     *Probes   `json:"probes,omitempty"`
 	Mounts     []Mount   `json:"mounts,omitempty"`
+	// Egress lists what the workload may connect to, "host:port" as ParseEndpoint reads it, in ascending
+	// order. Nothing else can be reached, nor does another name resolve.
+	Egress []string `json:"egress,omitempty"`
 }
 
 // Image pins the workload's image.

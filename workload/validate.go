@@ -73,6 +73,7 @@ func (m *Manifest) Validate() error {
 		text("port name", p.Name)
 	}
 	m.validateProbes(bad, text)
+	m.validateEgress(bad)
 
 	seen := map[string]bool{}
 	for _, v := range m.Mounts {

@@ -288,10 +288,16 @@ func (x *ConfigureResponse) GetDocument() []byte {
 	return nil
 }
 
+// RunRequest names the vsock ports of the host on which the sidecar listens; all are at least 65536, and
+// 0 where there is none.
 type RunRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// HTTP/2: CONNECT host:port.
+	EgressPort uint32 `protobuf:"varint,1,opt,name=egress_port,json=egressPort,proto3" json:"egress_port,omitempty"`
+	// HTTP: credentials of the cloud.
+	CredentialsPort uint32 `protobuf:"varint,2,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *RunRequest) Reset() {
@@ -322,6 +328,20 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
 	return file_internal_channel_channel_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RunRequest) GetEgressPort() uint32 {
+	if x != nil {
+		return x.EgressPort
+	}
+	return 0
+}
+
+func (x *RunRequest) GetCredentialsPort() uint32 {
+	if x != nil {
+		return x.CredentialsPort
+	}
+	return 0
 }
 
 type RunEvent struct {
@@ -855,9 +875,12 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\acontent\x18\x01 \x01(\rR\acontent\x12\x10\n" +
 	"\x03nsm\x18\x02 \x01(\rR\x03nsm\"/\n" +
 	"\x11ConfigureResponse\x12\x1a\n" +
-	"\bdocument\x18\x01 \x01(\fR\bdocument\"\f\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"X\n" +
 	"\n" +
-	"RunRequest\"\xf8\x01\n" +
+	"RunRequest\x12\x1f\n" +
+	"\vegress_port\x18\x01 \x01(\rR\n" +
+	"egressPort\x12)\n" +
+	"\x10credentials_port\x18\x02 \x01(\rR\x0fcredentialsPort\"\xf8\x01\n" +
 	"\bRunEvent\x12;\n" +
 	"\bprogress\x18\x01 \x01(\v2\x1d.cloister.channel.v1.ProgressH\x00R\bprogress\x125\n" +
 	"\x06output\x18\x02 \x01(\v2\x1b.cloister.channel.v1.OutputH\x00R\x06output\x128\n" +

@@ -140,9 +140,12 @@ type EnclaveState struct {
 	// The step that is under way, and why the last try failed; for people.
 	Progress *channel.Progress `protobuf:"bytes,5,opt,name=progress,proto3" json:"progress,omitempty"`
 	// When the workload was started, as nanoseconds since that; 0 while it does not run.
-	RunningNs     uint64 `protobuf:"varint,6,opt,name=running_ns,json=runningNs,proto3" json:"running_ns,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RunningNs uint64 `protobuf:"varint,6,opt,name=running_ns,json=runningNs,proto3" json:"running_ns,omitempty"`
+	// What was registered for this generation, 0 before: a sidecar that was restarted listens there again.
+	EgressPort      uint32 `protobuf:"varint,7,opt,name=egress_port,json=egressPort,proto3" json:"egress_port,omitempty"`
+	CredentialsPort uint32 `protobuf:"varint,8,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *EnclaveState) Reset() {
@@ -217,6 +220,117 @@ func (x *EnclaveState) GetRunningNs() uint64 {
 	return 0
 }
 
+func (x *EnclaveState) GetEgressPort() uint32 {
+	if x != nil {
+		return x.EgressPort
+	}
+	return 0
+}
+
+func (x *EnclaveState) GetCredentialsPort() uint32 {
+	if x != nil {
+		return x.CredentialsPort
+	}
+	return 0
+}
+
+// RegisterRequest: see cloister.channel.v1.RunRequest for the ports.
+type RegisterRequest struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Generation      uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	EgressPort      uint32                 `protobuf:"varint,2,opt,name=egress_port,json=egressPort,proto3" json:"egress_port,omitempty"`
+	CredentialsPort uint32                 `protobuf:"varint,3,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *RegisterRequest) Reset() {
+	*x = RegisterRequest{}
+	mi := &file_internal_podsock_podsock_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterRequest) ProtoMessage() {}
+
+func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_podsock_podsock_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterRequest.ProtoReflect.Descriptor instead.
+func (*RegisterRequest) Descriptor() ([]byte, []int) {
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RegisterRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RegisterRequest) GetEgressPort() uint32 {
+	if x != nil {
+		return x.EgressPort
+	}
+	return 0
+}
+
+func (x *RegisterRequest) GetCredentialsPort() uint32 {
+	if x != nil {
+		return x.CredentialsPort
+	}
+	return 0
+}
+
+type RegisterResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegisterResponse) Reset() {
+	*x = RegisterResponse{}
+	mi := &file_internal_podsock_podsock_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterResponse) ProtoMessage() {}
+
+func (x *RegisterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_podsock_podsock_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterResponse.ProtoReflect.Descriptor instead.
+func (*RegisterResponse) Descriptor() ([]byte, []int) {
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{3}
+}
+
 type RunRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -225,7 +339,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_internal_podsock_podsock_proto_msgTypes[2]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -237,7 +351,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_podsock_podsock_proto_msgTypes[2]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -250,7 +364,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{2}
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{4}
 }
 
 type ProbeResponse struct {
@@ -267,7 +381,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_internal_podsock_podsock_proto_msgTypes[3]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -279,7 +393,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_podsock_podsock_proto_msgTypes[3]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -292,7 +406,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{3}
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ProbeResponse) GetOk() bool {
@@ -328,7 +442,7 @@ var File_internal_podsock_podsock_proto protoreflect.FileDescriptor
 const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\n" +
 	"\x1einternal/podsock/podsock.proto\x12\x13cloister.podsock.v1\x1a\x1einternal/channel/channel.proto\"\x0e\n" +
-	"\fWatchRequest\"\x89\x03\n" +
+	"\fWatchRequest\"\xd5\x03\n" +
 	"\fEnclaveState\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -338,7 +452,10 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\x06secret\x18\x04 \x01(\fR\x06secret\x129\n" +
 	"\bprogress\x18\x05 \x01(\v2\x1d.cloister.channel.v1.ProgressR\bprogress\x12\x1d\n" +
 	"\n" +
-	"running_ns\x18\x06 \x01(\x04R\trunningNs\"\x8f\x01\n" +
+	"running_ns\x18\x06 \x01(\x04R\trunningNs\x12\x1f\n" +
+	"\vegress_port\x18\a \x01(\rR\n" +
+	"egressPort\x12)\n" +
+	"\x10credentials_port\x18\b \x01(\rR\x0fcredentialsPort\"\x8f\x01\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPHASE_BOOTING\x10\x01\x12\x10\n" +
@@ -346,7 +463,15 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\x0ePHASE_STARTING\x10\x03\x12\x11\n" +
 	"\rPHASE_RUNNING\x10\x04\x12\x12\n" +
 	"\x0ePHASE_DRAINING\x10\x05\x12\x0f\n" +
-	"\vPHASE_ENDED\x10\x06\"\f\n" +
+	"\vPHASE_ENDED\x10\x06\"}\n" +
+	"\x0fRegisterRequest\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\x12\x1f\n" +
+	"\vegress_port\x18\x02 \x01(\rR\n" +
+	"egressPort\x12)\n" +
+	"\x10credentials_port\x18\x03 \x01(\rR\x0fcredentialsPort\"\x12\n" +
+	"\x10RegisterResponse\"\f\n" +
 	"\n" +
 	"RunRequest\"r\n" +
 	"\rProbeResponse\x12\x0e\n" +
@@ -354,9 +479,10 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x18\n" +
 	"\astarted\x18\x03 \x01(\bR\astarted\x12\x1d\n" +
 	"\n" +
-	"running_ms\x18\x04 \x01(\x04R\trunningMs2\xbc\x02\n" +
+	"running_ms\x18\x04 \x01(\x04R\trunningMs2\x95\x03\n" +
 	"\x03Pod\x12O\n" +
-	"\x05Watch\x12!.cloister.podsock.v1.WatchRequest\x1a!.cloister.podsock.v1.EnclaveState0\x01\x12G\n" +
+	"\x05Watch\x12!.cloister.podsock.v1.WatchRequest\x1a!.cloister.podsock.v1.EnclaveState0\x01\x12W\n" +
+	"\bRegister\x12$.cloister.podsock.v1.RegisterRequest\x1a%.cloister.podsock.v1.RegisterResponse\x12G\n" +
 	"\x03Run\x12\x1f.cloister.podsock.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12N\n" +
 	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.podsock.v1.ProbeResponse\x12K\n" +
 	"\x04Stop\x12 .cloister.channel.v1.StopRequest\x1a!.cloister.channel.v1.StopResponseB(Z&cloister.dev/cloister/internal/podsockb\x06proto3"
@@ -374,35 +500,39 @@ func file_internal_podsock_podsock_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_podsock_podsock_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_internal_podsock_podsock_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_internal_podsock_podsock_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_internal_podsock_podsock_proto_goTypes = []any{
 	(EnclaveState_Phase)(0),      // 0: cloister.podsock.v1.EnclaveState.Phase
 	(*WatchRequest)(nil),         // 1: cloister.podsock.v1.WatchRequest
 	(*EnclaveState)(nil),         // 2: cloister.podsock.v1.EnclaveState
-	(*RunRequest)(nil),           // 3: cloister.podsock.v1.RunRequest
-	(*ProbeResponse)(nil),        // 4: cloister.podsock.v1.ProbeResponse
-	(*channel.Progress)(nil),     // 5: cloister.channel.v1.Progress
-	(*channel.ProbeRequest)(nil), // 6: cloister.channel.v1.ProbeRequest
-	(*channel.StopRequest)(nil),  // 7: cloister.channel.v1.StopRequest
-	(*channel.RunEvent)(nil),     // 8: cloister.channel.v1.RunEvent
-	(*channel.StopResponse)(nil), // 9: cloister.channel.v1.StopResponse
+	(*RegisterRequest)(nil),      // 3: cloister.podsock.v1.RegisterRequest
+	(*RegisterResponse)(nil),     // 4: cloister.podsock.v1.RegisterResponse
+	(*RunRequest)(nil),           // 5: cloister.podsock.v1.RunRequest
+	(*ProbeResponse)(nil),        // 6: cloister.podsock.v1.ProbeResponse
+	(*channel.Progress)(nil),     // 7: cloister.channel.v1.Progress
+	(*channel.ProbeRequest)(nil), // 8: cloister.channel.v1.ProbeRequest
+	(*channel.StopRequest)(nil),  // 9: cloister.channel.v1.StopRequest
+	(*channel.RunEvent)(nil),     // 10: cloister.channel.v1.RunEvent
+	(*channel.StopResponse)(nil), // 11: cloister.channel.v1.StopResponse
 }
 var file_internal_podsock_podsock_proto_depIdxs = []int32{
-	0, // 0: cloister.podsock.v1.EnclaveState.phase:type_name -> cloister.podsock.v1.EnclaveState.Phase
-	5, // 1: cloister.podsock.v1.EnclaveState.progress:type_name -> cloister.channel.v1.Progress
-	1, // 2: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
-	3, // 3: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
-	6, // 4: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	7, // 5: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
-	2, // 6: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
-	8, // 7: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
-	4, // 8: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
-	9, // 9: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
-	6, // [6:10] is the sub-list for method output_type
-	2, // [2:6] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: cloister.podsock.v1.EnclaveState.phase:type_name -> cloister.podsock.v1.EnclaveState.Phase
+	7,  // 1: cloister.podsock.v1.EnclaveState.progress:type_name -> cloister.channel.v1.Progress
+	1,  // 2: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
+	3,  // 3: cloister.podsock.v1.Pod.Register:input_type -> cloister.podsock.v1.RegisterRequest
+	5,  // 4: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
+	8,  // 5: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
+	9,  // 6: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
+	2,  // 7: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
+	4,  // 8: cloister.podsock.v1.Pod.Register:output_type -> cloister.podsock.v1.RegisterResponse
+	10, // 9: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
+	6,  // 10: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
+	11, // 11: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
+	7,  // [7:12] is the sub-list for method output_type
+	2,  // [2:7] is the sub-list for method input_type
+	2,  // [2:2] is the sub-list for extension type_name
+	2,  // [2:2] is the sub-list for extension extendee
+	0,  // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_internal_podsock_podsock_proto_init() }
@@ -416,7 +546,7 @@ func file_internal_podsock_podsock_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_podsock_podsock_proto_rawDesc), len(file_internal_podsock_podsock_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,10 +22,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Pod_Watch_FullMethodName = "/cloister.podsock.v1.Pod/Watch"
-	Pod_Run_FullMethodName   = "/cloister.podsock.v1.Pod/Run"
-	Pod_Probe_FullMethodName = "/cloister.podsock.v1.Pod/Probe"
-	Pod_Stop_FullMethodName  = "/cloister.podsock.v1.Pod/Stop"
+	Pod_Watch_FullMethodName    = "/cloister.podsock.v1.Pod/Watch"
+	Pod_Register_FullMethodName = "/cloister.podsock.v1.Pod/Register"
+	Pod_Run_FullMethodName      = "/cloister.podsock.v1.Pod/Run"
+	Pod_Probe_FullMethodName    = "/cloister.podsock.v1.Pod/Probe"
+	Pod_Stop_FullMethodName     = "/cloister.podsock.v1.Pod/Stop"
 )
 
 // PodClient is the client API for Pod service.
@@ -34,6 +35,10 @@ const (
 type PodClient interface {
 	// Watch streams the state of the enclave: the present one at once, then every change.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[EnclaveState], error)
+	// Register tells the ports of the host on which the sidecar listens for the enclave of a generation,
+	// which has booted. Initboot hands them over with Run, and waits for them when the workload manifest
+	// needs them. A later call must name the same ports.
+	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error)
 	// Run runs the workload. The first Run of an enclave uses the enclave that has booted; every later
 	// one makes initboot replace the enclave first. Two runs never overlap: the stream of an older run
 	// has ended before a newer one boots. When the enclave is lost the stream ends with status
@@ -71,6 +76,16 @@ func (c *podClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.Ca
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Pod_WatchClient = grpc.ServerStreamingClient[EnclaveState]
+
+func (c *podClient) Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RegisterResponse)
+	err := c.cc.Invoke(ctx, Pod_Register_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *podClient) Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[channel.RunEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -117,6 +132,10 @@ func (c *podClient) Stop(ctx context.Context, in *channel.StopRequest, opts ...g
 type PodServer interface {
 	// Watch streams the state of the enclave: the present one at once, then every change.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[EnclaveState]) error
+	// Register tells the ports of the host on which the sidecar listens for the enclave of a generation,
+	// which has booted. Initboot hands them over with Run, and waits for them when the workload manifest
+	// needs them. A later call must name the same ports.
+	Register(context.Context, *RegisterRequest) (*RegisterResponse, error)
 	// Run runs the workload. The first Run of an enclave uses the enclave that has booted; every later
 	// one makes initboot replace the enclave first. Two runs never overlap: the stream of an older run
 	// has ended before a newer one boots. When the enclave is lost the stream ends with status
@@ -138,6 +157,9 @@ type UnimplementedPodServer struct{}
 
 func (UnimplementedPodServer) Watch(*WatchRequest, grpc.ServerStreamingServer[EnclaveState]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedPodServer) Register(context.Context, *RegisterRequest) (*RegisterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Register not implemented")
 }
 func (UnimplementedPodServer) Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error {
 	return status.Error(codes.Unimplemented, "method Run not implemented")
@@ -179,6 +201,24 @@ func _Pod_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Pod_WatchServer = grpc.ServerStreamingServer[EnclaveState]
+
+func _Pod_Register_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RegisterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PodServer).Register(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Pod_Register_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PodServer).Register(ctx, req.(*RegisterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Pod_Run_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(RunRequest)
@@ -234,6 +274,10 @@ var Pod_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "cloister.podsock.v1.Pod",
 	HandlerType: (*PodServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Register",
+			Handler:    _Pod_Register_Handler,
+		},
 		{
 			MethodName: "Probe",
 			Handler:    _Pod_Probe_Handler,

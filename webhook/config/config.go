@@ -38,6 +38,8 @@ type EnclaveConfig struct {
 	CPUs int64
 	// Ports say how containerPorts are served. One that is not listed is served as HTTP over TLS.
 	Ports []Port
+	// Egress lists what the workload may connect to, as workload.Manifest has it.
+	Egress []string
 }
 
 // Port says how one containerPort is served. It has either a number or a name.
@@ -52,7 +54,7 @@ type Port struct {
 
 // notBuilt are the fields of the design that this version refuses.
 var notBuilt = []string{
-	"debug", "egress", "eif", "hostEnv", "hostFiles", "kms", "logs", "nsm", "plugins", "secrets",
+	"debug", "eif", "hostEnv", "hostFiles", "kms", "logs", "nsm", "plugins", "secrets",
 	"serviceAccountToken", "tls",
 }
 
@@ -90,10 +92,12 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			}
 		case key == "ports":
 			c.Ports = r.ports(p, raw)
+		case key == "egress":
+			c.Egress = r.egress(p, raw)
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}
@@ -185,6 +189,34 @@ func (r *reader) ports(p *field.Path, raw json.RawMessage) []Port {
 		}
 		out = append(out, port)
 	}
+	return out
+}
+
+// egress reads a list of host:port in any order and case.
+func (r *reader) egress(p *field.Path, raw json.RawMessage) []string {
+	var list []json.RawMessage
+	if !r.value(p, raw, &list, "a list of host:port") {
+		return nil
+	}
+	var out []string
+	for i, raw := range list {
+		p := p.Index(i)
+		var e string
+		if !r.value(p, raw, &e, "host:port") {
+			continue
+		}
+		e = strings.ToLower(e)
+		if _, _, err := workload.ParseEndpoint(e); err != nil {
+			r.errs = append(r.errs, field.Invalid(p, e, err.Error()))
+			continue
+		}
+		if slices.Contains(out, e) {
+			r.errs = append(r.errs, field.Duplicate(p, e))
+			continue
+		}
+		out = append(out, e)
+	}
+	slices.Sort(out)
 	return out
 }
 

@@ -15,5 +15,10 @@ func HostAccess(m *workload.Manifest) []string {
 			out = append(out, fmt.Sprintf("the host can read and change: everything on port %d (plaintext: true)", p.Port))
 		}
 	}
+	if len(m.Egress) > 0 {
+		out = append(out,
+			"the host can read: names, sizes and times of connections to egress",
+			"the host can read and change: what the workload sends to egress without encryption of its own")
+	}
 	return out
 }

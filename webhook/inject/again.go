@@ -220,6 +220,9 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 	if cfg.Memory != 0 && cfg.Memory != memory {
 		p.forbid(at.Child("memory"), "it is not what was injected")
 	}
+	if !slices.Equal(cfg.Egress, m.Egress) {
+		p.forbid(at.Child("egress"), "it is not what was injected")
+	}
 	for _, port := range m.Ports {
 		want := workload.Port{Name: port.Name, Port: port.Port}
 		if s := setting(cfg, port); s != nil {

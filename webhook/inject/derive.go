@@ -84,6 +84,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	m.Ports = p.ports(cp.Child("ports"), c, d.config)
 	m.Probes = p.probes(cp, c)
 	m.Mounts = p.mounts(cp, spec, c)
+	m.Egress = p.egress(m, d.config)
 	p.rest(cp, c)
 	if low := lowestPort(m); low < 1024 {
 		p.checkPortStart(spec, low)
@@ -311,6 +312,20 @@ func (p *problems) ports(path *field.Path, c *corev1.Container, cfg *config.Encl
 		}
 	}
 	return out
+}
+
+// egress refuses a port on which the workload itself listens. Inside the enclave every allowed host is an
+// address of the loopback device with a listener on the allowed port, and a workload that listens on all
+// addresses takes that port on each of them.
+func (p *problems) egress(m *workload.Manifest, cfg *config.EnclaveConfig) []string {
+	at := annotationsPath.Key(annotation.Config).Child("egress")
+	for _, e := range cfg.Egress {
+		_, port, err := workload.ParseEndpoint(e)
+		if err == nil && slices.ContainsFunc(m.Ports, func(w workload.Port) bool { return w.Port == uint32(port) }) {
+			p.forbid(at.Key(e), fmt.Sprintf("%s has the port of a containerPort, on which the workload itself listens: let one of the two have another port", e))
+		}
+	}
+	return cfg.Egress
 }
 
 func matches(s config.Port, w workload.Port) bool {

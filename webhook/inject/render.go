@@ -21,6 +21,7 @@ const (
 	envImage    = "CLOISTER_IMAGE"
 	envMemory   = "CLOISTER_MEMORY"
 	envPorts    = "CLOISTER_PORTS"
+	envEgress   = "CLOISTER_EGRESS"
 )
 
 // Volumes of ours.
@@ -113,11 +114,15 @@ func initboot(opts Options, canonical []byte, image string, memory int64) corev1
 // sidecar renders the second native sidecar, without resources.
 func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 	always := corev1.ContainerRestartPolicyAlways
+	env := []corev1.EnvVar{{Name: envPorts, Value: jsonText(portNumbers(m))}}
+	if list := m.Endpoints(); len(list) > 0 {
+		env = append(env, corev1.EnvVar{Name: envEgress, Value: jsonText(list)})
+	}
 	return corev1.Container{
 		Name:            Sidecar,
 		Image:           opts.SidecarImage,
 		Command:         []string{"/sidecar", "serve"},
-		Env:             []corev1.EnvVar{{Name: envPorts, Value: portList(m)}},
+		Env:             env,
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
 		StartupProbe:    execProbe("/sidecar", "probe", "startup"),
@@ -131,12 +136,17 @@ func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 	}
 }
 
-func portList(m *workload.Manifest) string {
+func portNumbers(m *workload.Manifest) []uint32 {
 	numbers := make([]uint32, len(m.Ports))
 	for i, p := range m.Ports {
 		numbers[i] = p.Port
 	}
-	b, _ := json.Marshal(numbers) // numbers always marshal
+	return numbers
+}
+
+// jsonText is a list of numbers or of texts, which always marshal, as JSON.
+func jsonText[T uint32 | string](list []T) string {
+	b, _ := json.Marshal(list)
 	return string(b)
 }
 
