@@ -85,7 +85,7 @@ func checkName(host string) error {
 // and what the enclave needs for itself. The host's side of egress is configured with this list; the rule
 // is the measured list inside.
 func (m *Manifest) Endpoints() []string {
-	out := slices.Clone(m.Egress)
+	out := append(slices.Clone(m.Egress), m.PluginEndpoints()...)
 	slices.Sort(out)
 	return slices.Compact(out)
 }

@@ -42,6 +42,8 @@ type Manifest struct {
 	// Egress lists what the workload may connect to, "host:port" as ParseEndpoint reads it, in ascending
 	// order. Nothing else can be reached, nor does another name resolve.
 	Egress []string `json:"egress,omitempty"`
+	// Plugins are in the author's order.
+	Plugins []Plugin `json:"plugins,omitempty"`
 }
 
 // Image pins the workload's image.

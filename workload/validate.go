@@ -74,6 +74,7 @@ func (m *Manifest) Validate() error {
 	}
 	m.validateProbes(bad, text)
 	m.validateEgress(bad)
+	m.validatePlugins(bad, text)
 
 	seen := map[string]bool{}
 	for _, v := range m.Mounts {
