@@ -40,6 +40,8 @@ type EnclaveConfig struct {
 	Ports []Port
 	// Egress lists what the workload may connect to, as workload.Manifest has it.
 	Egress []string
+	// Plugins are in the author's order.
+	Plugins []Plugin
 }
 
 // Port says how one containerPort is served. It has either a number or a name.
@@ -54,7 +56,7 @@ type Port struct {
 
 // notBuilt are the fields of the design that this version refuses.
 var notBuilt = []string{
-	"debug", "eif", "hostEnv", "hostFiles", "kms", "logs", "nsm", "plugins", "secrets",
+	"debug", "eif", "hostEnv", "hostFiles", "kms", "logs", "nsm", "secrets",
 	"serviceAccountToken", "tls",
 }
 
@@ -94,10 +96,12 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			c.Ports = r.ports(p, raw)
 		case key == "egress":
 			c.Egress = r.egress(p, raw)
+		case key == "plugins":
+			c.Plugins = r.plugins(p, raw)
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "plugins"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}

@@ -20,5 +20,8 @@ func HostAccess(m *workload.Manifest) []string {
 			"the host can read: names, sizes and times of connections to egress",
 			"the host can read and change: what the workload sends to egress without encryption of its own")
 	}
+	if len(m.Plugins) > 0 {
+		out = append(out, "the host can read: stdout and stderr of plugins")
+	}
 	return out
 }

@@ -47,7 +47,8 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	if m == nil || index < 0 {
 		return nil, p.list
 	}
-	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, canonical, image, memory))
+	pluginImages := p.readPluginImages(inits.Index(boot), &spec.InitContainers[boot], m)
+	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, canonical, image, pluginImages, memory))
 	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
 
 	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
@@ -223,6 +224,7 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 	if !slices.Equal(cfg.Egress, m.Egress) {
 		p.forbid(at.Child("egress"), "it is not what was injected")
 	}
+	p.comparePlugins(at, cfg, m)
 	for _, port := range m.Ports {
 		want := workload.Port{Name: port.Name, Port: port.Port}
 		if s := setting(cfg, port); s != nil {

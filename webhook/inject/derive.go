@@ -24,10 +24,12 @@ type decision struct {
 	manifest  *workload.Manifest
 	canonical []byte
 	image     string // as the author wrote it, with its digest
-	index     int    // of the named container in spec.containers
-	config    *config.EnclaveConfig
-	memory    int64 // of the enclave, in bytes
-	warnings  []string
+	// pluginImages are the images of the plugins that have one, as the author wrote them.
+	pluginImages []string
+	index        int // of the named container in spec.containers
+	config       *config.EnclaveConfig
+	memory       int64 // of the enclave, in bytes
+	warnings     []string
 }
 
 // Derive returns the workload manifest of the container that the annotation cloister.dev/enclave names,
@@ -85,12 +87,13 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	m.Probes = p.probes(cp, c)
 	m.Mounts = p.mounts(cp, spec, c)
 	m.Egress = p.egress(m, d.config)
+	m.Plugins, d.pluginImages = plugins(d.config, m.Image.Platform)
 	p.rest(cp, c)
 	if low := lowestPort(m); low < 1024 {
 		p.checkPortStart(spec, low)
 	}
 	d.memory = d.config.Memory
-	d.warnings = HostAccess(m)
+	d.warnings = append(HostAccess(m), pluginWarnings(m)...)
 	if d.memory == 0 {
 		d.memory = p.memory(cp, c)
 		if c.Resources.Limits.Memory().IsZero() {
@@ -103,7 +106,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 
 	canonical, err := m.Canonical()
 	if err != nil {
-		return nil, field.ErrorList{field.Invalid(cp, field.OmitValueType{}, err.Error())}
+		return nil, manifestErrors(cp, err)
 	}
 	if n := len(envManifest) + len("=") + len(canonical) + 1; n > workload.MaxManifestSize {
 		return nil, field.ErrorList{field.Invalid(cp, field.OmitValueType{}, fmt.Sprintf(

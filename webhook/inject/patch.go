@@ -109,7 +109,7 @@ func volumeOps(spec *corev1.PodSpec) []Op {
 }
 
 func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
-	boot := initboot(opts, d.canonical, d.image, d.memory)
+	boot := initboot(opts, d.canonical, d.image, d.pluginImages, d.memory)
 	limitCPU := guaranteed(spec)
 	boot.Resources = resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, limitCPU)
 	side := sidecar(opts, d.manifest)

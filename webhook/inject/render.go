@@ -16,12 +16,13 @@ import (
 
 // Environment of our containers.
 const (
-	envPrefix   = "CLOISTER_"
-	envManifest = "CLOISTER_MANIFEST"
-	envImage    = "CLOISTER_IMAGE"
-	envMemory   = "CLOISTER_MEMORY"
-	envPorts    = "CLOISTER_PORTS"
-	envEgress   = "CLOISTER_EGRESS"
+	envPrefix       = "CLOISTER_"
+	envManifest     = "CLOISTER_MANIFEST"
+	envImage        = "CLOISTER_IMAGE"
+	envMemory       = "CLOISTER_MEMORY"
+	envPorts        = "CLOISTER_PORTS"
+	envEgress       = "CLOISTER_EGRESS"
+	envPluginImages = "CLOISTER_PLUGIN_IMAGES"
 )
 
 // Volumes of ours.
@@ -85,17 +86,17 @@ func escape(value string) string { return strings.ReplaceAll(value, "$", "$$") }
 func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$") }
 
 // initboot renders the first native sidecar, without resources.
-func initboot(opts Options, canonical []byte, image string, memory int64) corev1.Container {
+func initboot(opts Options, canonical []byte, image string, pluginImages []string, memory int64) corev1.Container {
 	always, no, yes, root := corev1.ContainerRestartPolicyAlways, false, true, int64(0)
 	return corev1.Container{
 		Name:    Initboot,
 		Image:   opts.InitbootImage,
 		Command: []string{"/initboot", "serve", "--driver=" + opts.Driver},
-		Env: []corev1.EnvVar{
+		Env: append([]corev1.EnvVar{
 			{Name: envManifest, Value: escape(string(canonical))},
 			{Name: envImage, Value: escape(image)},
 			{Name: envMemory, Value: strconv.FormatInt(memory, 10)},
-		},
+		}, pluginImagesEnv(pluginImages)...),
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
 		StartupProbe:    execProbe("/initboot", "probe", "boot"),
