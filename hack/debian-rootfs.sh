@@ -6,10 +6,12 @@ set -euo pipefail
 variant=$1 target=$2 packages=$3
 sources=$RUN/bookworm.sources
 "$HACK/apt-sources.sh" bookworm >"$sources"
+# Java's package wants to link a page of the manual into the folder that is left out.
 mmdebstrap --mode=root --variant="$variant" --include="$packages" \
   --aptopt='APT::Install-Recommends "false"' \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
   --dpkgopt='path-exclude=/usr/share/locale/*' \
+  --essential-hook='mkdir -p "$1/usr/share/man/man1"' \
   bookworm "$target" "$sources"
 # The result says nothing of the machine it was made on.
 rm -rf "$target"/etc/apt/sources.list "$target"/etc/apt/sources.list.d/* "$target"/var/lib/apt/lists/* \
