@@ -6,38 +6,29 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"cloister.dev/cloister/attestation"
-	"cloister.dev/cloister/workload"
 )
 
-const (
-	connectTimeout = 30 * time.Second
-
-	// exitHTTPError is curl's exit code for --fail and a status of 400 or above.
-	exitHTTPError = 22
-)
+// exitHTTPError is curl's exit code for --fail and a status of 400 or above.
+const exitHTTPError = 22
 
 type curl struct {
-	measurements []string
-	root         string
-	maxAge       time.Duration
-	allowDebug   bool
-
-	connectTo string
-	http11    bool
-	maxTime   float64
+	trust
+	http11  bool
+	maxTime float64
 
 	method  string
 	headers []string
+	token   string // file
 	data    []string
 	output  string
 	include bool
@@ -52,34 +43,32 @@ func newCurl() *cobra.Command {
 		Short: "Send an HTTP request to an enclave that proves what it runs",
 		Long: `Connects, checks in the TLS handshake that the other end is an enclave with one of the given
 measurements, and only then sends the request. It prints the body on stdout and what was verified on
-stderr. Options that curl has too mean what they mean there.`,
+stderr. Options that curl has too mean what they mean there.
+
+A token comes from a file, so that it is in no list of processes and in no shell's history. It is sent
+only to the enclave that was verified: redirects are shown, not followed.`,
 		Example: `  cloister curl --measurements measurements.json https://shop.example/
-  cloister curl --measurements measurements.json --root dev-root.pem --connect-to 127.0.0.1:8443 https://shop/`,
+  cloister curl --measurements measurements.json --root dev-root.pem --connect-to 127.0.0.1:8443 https://shop/
+  cloister curl --measurements measurements.json --bearer-token-file token https://shop.example/orders`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req, err := c.request(cmd.Context(), args[0], cmd.InOrStdin())
 			if err != nil {
 				return err
 			}
-			if len(c.measurements) == 0 {
-				return errors.New("name the measurement set with --measurements: without it nothing says which code may answer; `cloister measure -f FILE --eif FILE` prints one")
-			}
-			if _, _, err := net.SplitHostPort(c.connectTo); c.connectTo != "" && err != nil {
-				return fmt.Errorf("--connect-to takes HOST:PORT: %w", err)
+			if err := c.check(); err != nil {
+				return err
 			}
 			return c.run(req, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	f := cmd.Flags()
-	f.StringArrayVar(&c.measurements, "measurements", nil, "measurement set `file`; repeatable, then an entry of any of them is accepted")
-	f.StringVar(&c.root, "root", "", "PEM `file` with the root certificate that is trusted instead of AWS's: for development")
-	f.DurationVar(&c.maxAge, "max-age", attestation.DefaultMaxAge, "oldest attestation document that is accepted")
-	f.BoolVar(&c.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
-	f.StringVar(&c.connectTo, "connect-to", "", "connect to `HOST:PORT` instead of what the URL names")
+	c.flags(f)
 	f.BoolVar(&c.http11, "http1.1", false, "use HTTP/1.1")
 	f.Float64Var(&c.maxTime, "max-time", 0, "most `seconds` that the whole may take")
 	f.StringVarP(&c.method, "request", "X", "", "request `method` (default GET, with -d POST)")
 	f.StringArrayVarP(&c.headers, "header", "H", nil, "request header `\"Name: value\"`; repeatable")
+	f.StringVar(&c.token, "bearer-token-file", "", "`file` with a token for the header Authorization (RFC 6750)")
 	f.StringArrayVarP(&c.data, "data", "d", nil, "request body; @FILE reads a file, @- standard input; several are joined with &")
 	f.StringVarP(&c.output, "output", "o", "", "write the body to `file`")
 	f.BoolVarP(&c.include, "include", "i", false, "print the response's status and headers too")
@@ -131,7 +120,26 @@ func (c *curl) request(ctx context.Context, arg string, stdin io.Reader) (*http.
 	if host := given.Get("Host"); host != "" {
 		req.Host = host
 	}
+	if c.token != "" && given.Get("Authorization") != "" {
+		return nil, errors.New("--bearer-token-file and -H set the same header, Authorization: leave one out")
+	}
 	return req, nil
+}
+
+// bearerToken is a token in the syntax of RFC 6750, section 2.1.
+var bearerToken = regexp.MustCompile(`^[A-Za-z0-9._~+/-]+=*$`)
+
+// readToken reads a bearer token. Its errors never show what the file holds.
+func readToken(file string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	token := strings.TrimSpace(string(b))
+	if !bearerToken.MatchString(token) {
+		return "", fmt.Errorf("%s does not hold one bearer token: write the token alone, without \"Bearer\" or quotes, into the file", file)
+	}
+	return token, nil
 }
 
 // readData joins the values of -d as curl does.
@@ -154,23 +162,16 @@ func readData(values []string, stdin io.Reader) (string, error) {
 
 // run sends the request and prints what comes back.
 func (c *curl) run(req *http.Request, stdout, stderr io.Writer) error {
-	set, err := readMeasurements(c.measurements)
+	verifier, set, err := c.load()
 	if err != nil {
 		return failed(err)
 	}
-	opts := attestation.Options{MaxAge: c.maxAge, AllowDebug: c.allowDebug, Measurements: set}
-	if c.root != "" {
-		pem, err := os.ReadFile(c.root)
+	if c.token != "" {
+		token, err := readToken(c.token)
 		if err != nil {
 			return failed(err)
 		}
-		if opts.Root, err = attestation.ParseRoot(pem); err != nil {
-			return failed(fmt.Errorf("%s: %w", c.root, err))
-		}
-	}
-	verifier, err := attestation.NewVerifier(opts)
-	if err != nil {
-		return failed(err)
+		req.Header.Set("Authorization", "Bearer "+token)
 	}
 
 	ctx := req.Context()
@@ -200,22 +201,6 @@ func (c *curl) run(req *http.Request, stdout, stderr io.Writer) error {
 	return c.print(req, res, stdout, stderr)
 }
 
-func readMeasurements(files []string) (workload.MeasurementSet, error) {
-	var set workload.MeasurementSet
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			return nil, err
-		}
-		s, err := workload.ParseMeasurements(b)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
-		}
-		set = append(set, s...)
-	}
-	return set, nil
-}
-
 func (c *curl) client(v *attestation.Verifier) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -224,16 +209,10 @@ func (c *curl) client(v *attestation.Verifier) *http.Client {
 	if c.http11 {
 		offer = offer[1:] // http.Transport offers nothing here by itself
 	}
-	dialer := &net.Dialer{Timeout: connectTimeout}
 	return &http.Client{
 		Transport: &http.Transport{
 			// No proxy of the environment: it would be one more party that chooses who answers.
-			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-				if c.connectTo != "" {
-					addr = c.connectTo
-				}
-				return dialer.DialContext(ctx, network, addr)
-			},
+			DialContext:         c.dial,
 			TLSClientConfig:     v.ClientConfig(&tls.Config{NextProtos: offer}),
 			TLSHandshakeTimeout: connectTimeout,
 			Protocols:           protocols,
@@ -261,7 +240,11 @@ func explain(err error) error {
 
 func (c *curl) print(req *http.Request, res *http.Response, stdout, stderr io.Writer) error {
 	if c.verbose {
-		printHeaders(stderr, "> ", fmt.Sprintf("%s %s %s", req.Method, req.URL.RequestURI(), res.Proto), req.Header)
+		sent := req.Header.Clone()
+		if sent.Get("Authorization") != "" {
+			sent.Set("Authorization", "[not shown]")
+		}
+		printHeaders(stderr, "> ", fmt.Sprintf("%s %s %s", req.Method, req.URL.RequestURI(), res.Proto), sent)
 		printHeaders(stderr, "< ", res.Proto+" "+res.Status, res.Header)
 	}
 	if c.fail && res.StatusCode >= 400 {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -39,11 +40,13 @@ type fakeEnclave struct {
 
 // what a test changes about an enclave.
 type enclaveOptions struct {
-	pcrs     map[uint][]byte
-	userData string
-	age      time.Duration
-	otherKey bool // the document attests another key than the connection's
-	plain    bool // an ordinary certificate, without a document
+	pcrs      map[uint][]byte
+	userData  string
+	age       time.Duration
+	otherKey  bool            // the document attests another key than the connection's
+	plain     bool            // an ordinary certificate, without a document
+	tunnel    func(*tls.Conn) // serves each connection instead of HTTP
+	protocols []string        // that the tunnel chooses from
 }
 
 type byteCount struct {
@@ -183,6 +186,10 @@ func startEnclave(t *testing.T, o enclaveOptions, handler http.Handler) *fakeEnc
 	// http.Server serves HTTP/2 only on a *tls.Conn, so the counter sits below TLS for requests that pass
 	// and above it for those that must not be sent.
 	go func() {
+		if o.tunnel != nil {
+			serveTunnel(countedListener{l, server.TLSConfig, &e.received}, o)
+			return
+		}
 		if handler == nil {
 			server.Handler = http.NotFoundHandler()
 			server.Serve(countedListener{l, server.TLSConfig, &e.received})
@@ -190,8 +197,27 @@ func startEnclave(t *testing.T, o enclaveOptions, handler http.Handler) *fakeEnc
 		}
 		server.ServeTLS(l, "", "")
 	}()
-	t.Cleanup(func() { server.Close() })
+	t.Cleanup(func() {
+		l.Close()
+		server.Close()
+	})
 	return e
+}
+
+// serveTunnel hands out streams, as a tcp port of a gateway does, which chooses no protocol.
+func serveTunnel(l countedListener, o enclaveOptions) {
+	l.config = l.config.Clone()
+	l.config.NextProtos = o.protocols
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			o.tunnel(c.(counted).Conn.(*tls.Conn))
+		}()
+	}
 }
 
 func writeSet(t *testing.T, set ...workload.Measurement) string {
@@ -256,6 +282,9 @@ var describe = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, "/", http.StatusFound)
 		return
 	}
+	if token := r.Header.Get("Authorization"); token != "" {
+		fmt.Fprintf(w, "%s ", token)
+	}
 	fmt.Fprintf(w, "%s %s %s %s a=%s type=%s body=%s", r.Proto, r.Method, r.Host, r.URL.Path, r.Header.Get("A"), r.Header.Get("Content-Type"), body)
 })
 
@@ -296,6 +325,61 @@ func TestCurl(t *testing.T) {
 	if b, err := os.ReadFile(out); err != nil || !strings.HasPrefix(string(b), "HTTP/2.0 GET s /a") {
 		t.Errorf("the output file has %q, %v", b, err)
 	}
+}
+
+// An answer without a length ends where TLS ends, not where the host cuts the connection.
+func TestCurlCut(t *testing.T) {
+	for name, end := range map[string]func(*tls.Conn) error{
+		"ended": (*tls.Conn).CloseWrite,
+		"cut":   func(c *tls.Conn) error { return c.NetConn().(*net.TCPConn).CloseWrite() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := startEnclave(t, enclaveOptions{tunnel: func(c *tls.Conn) {
+				if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
+					return
+				}
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+				end(c)
+				io.Copy(io.Discard, c)
+			}, protocols: []string{"http/1.1"}}, nil)
+			r := call(t, "", "curl", "--root", e.root, "--measurements", writeSet(t, entry("", nil)), "https://"+e.addr)
+			if name == "ended" {
+				r.want(t, 0)
+				return
+			}
+			r.want(t, 1, "the connection was cut")
+		})
+	}
+}
+
+// The token reaches the verified enclave and nothing else.
+func TestCurlBearerToken(t *testing.T) {
+	const token = "eyJhbGciOiJFUzI1NiJ9.e30.c2ln-_~+/=="
+	file := writeFile(t, "token", []byte(token+"\n"))
+	e := startEnclave(t, enclaveOptions{}, describe)
+	args := []string{"curl", "--root", e.root, "--measurements", writeSet(t, entry("", nil)), "--connect-to", e.addr, "--bearer-token-file"}
+
+	r := call(t, "", append(args, file, "-v", "https://s/a")...)
+	r.want(t, 0, "> Authorization: [not shown]")
+	if r.stdout != "Bearer "+token+" HTTP/2.0 GET s /a a= type= body=" {
+		t.Errorf("stdout is %q", r.stdout)
+	}
+	if strings.Contains(r.stderr, token) {
+		t.Errorf("the token is on stderr: %s", r.stderr)
+	}
+	if r := call(t, "", append(args, file, "-i", "https://s/elsewhere")...); !strings.HasPrefix(r.stdout, "HTTP/2.0 302 ") {
+		t.Errorf("a redirect is followed: %q", r.stdout)
+	}
+
+	for name, content := range map[string]string{"empty": "\n", "two": token + "\n" + token, "with its scheme": "Bearer " + token, "header": token + "\r\nHost: other"} {
+		r := call(t, "", append(args, writeFile(t, "bad", []byte(content)), "https://s/a")...)
+		r.want(t, 1, "does not hold one bearer token")
+		if strings.Contains(r.stderr, "eyJ") {
+			t.Errorf("%s: the token is on stderr: %s", name, r.stderr)
+		}
+	}
+	call(t, "", append(args, "/nonexistent", "https://s/a")...).want(t, 1, "no such file")
+	call(t, "", append(args, file, "-H", "authorization: Basic eA==", "https://s/a")...).want(t, 2, "leave one out")
 }
 
 func TestCurlReport(t *testing.T) {
