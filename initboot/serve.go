@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -79,8 +80,14 @@ func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
 	if err != nil || cfg.Memory <= 0 {
 		return fmt.Errorf("CLOISTER_MEMORY is %q: it must be the enclave's memory in bytes, a decimal number", os.Getenv("CLOISTER_MEMORY"))
 	}
-	if cfg.Content, err = content.New(os.Getenv("CLOISTER_IMAGE"), cacheDir, cfg.Memory, cfg.Log); err != nil {
-		return fmt.Errorf("CLOISTER_IMAGE: %w", err)
+	var plugins []string
+	if list := os.Getenv("CLOISTER_PLUGIN_IMAGES"); list != "" {
+		if err := json.Unmarshal([]byte(list), &plugins); err != nil {
+			return fmt.Errorf("CLOISTER_PLUGIN_IMAGES must be a JSON array of image references: %w", err)
+		}
+	}
+	if cfg.Content, err = content.New(os.Getenv("CLOISTER_IMAGE"), plugins, cacheDir, cfg.Memory, cfg.Log); err != nil {
+		return fmt.Errorf("CLOISTER_IMAGE or CLOISTER_PLUGIN_IMAGES: %w", err)
 	}
 	cfg.NSM, err = devNSM(keyDir)
 	return err

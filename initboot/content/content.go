@@ -32,7 +32,7 @@ const (
 	stallTimeout = 30 * time.Second
 )
 
-// Server serves one repository. It is an http.Handler.
+// Server serves images by digest, each from the repository that it is known to lie in. It is an http.Handler.
 type Server struct {
 	repository name.Repository
 	memory     int64
@@ -47,11 +47,13 @@ type Server struct {
 
 	mu    sync.Mutex
 	sizes map[v1.Hash]int64 // of the blobs that manifests name, in bytes
+	// places are the repositories of what does not lie in the workload's.
+	places map[v1.Hash]name.Repository
 }
 
-// New returns a server of the repository of image, a reference with a digest. Dir is the cache's
-// folder, memory the size of the enclave in bytes. The caller must Close the server.
-func New(image, dir string, memory int64, log *slog.Logger) (*Server, error) {
+// New returns a server of the repository of image, a reference with a digest, and of the images more,
+// which may lie elsewhere. Dir is the cache's folder, memory the size of the enclave in bytes. The caller must Close the server.
+func New(image string, more []string, dir string, memory int64, log *slog.Logger) (*Server, error) {
 	ref, err := parse(image)
 	if err != nil {
 		return nil, err
@@ -63,6 +65,18 @@ func New(image, dir string, memory int64, log *slog.Logger) (*Server, error) {
 		log:        log,
 		mux:        http.NewServeMux(),
 		sizes:      map[v1.Hash]int64{},
+		places:     map[v1.Hash]name.Repository{},
+	}
+	for _, image := range more {
+		ref, err := parse(image)
+		if err != nil {
+			return nil, err
+		}
+		digest, err := v1.NewHash(ref.DigestStr())
+		if err != nil {
+			return nil, err
+		}
+		s.places[digest] = ref.Context()
 	}
 	s.cache.clean()
 	s.ctx, s.close = context.WithCancel(context.Background())
@@ -131,12 +145,12 @@ func (s *Server) manifest(digest v1.Hash) (string, int64, io.ReadCloser, error) 
 	}
 	var m struct {
 		MediaType string            `json:"mediaType"`
-		Manifests []json.RawMessage `json:"manifests"`
+		Manifests []v1.Descriptor   `json:"manifests"`
 		Config    *v1.Descriptor    `json:"config"`
 		Layers    []v1.Descriptor   `json:"layers"`
 	}
 	if err := json.Unmarshal(raw, &m); err != nil {
-		return "", 0, nil, fmt.Errorf("the manifest %s of %s is not JSON: %w", digest, s.repository, err)
+		return "", 0, nil, fmt.Errorf("the manifest %s of %s is not JSON: %w", digest, s.place(digest), err)
 	}
 	if m.MediaType == "" { // optional in OCI manifests
 		m.MediaType = string(types.OCIManifestSchema1)
@@ -147,6 +161,11 @@ func (s *Server) manifest(digest v1.Hash) (string, int64, io.ReadCloser, error) 
 	if err := s.remember(m.Config, m.Layers); err != nil {
 		return "", 0, nil, err
 	}
+	named := append(m.Manifests, m.Layers...)
+	if m.Config != nil {
+		named = append(named, *m.Config)
+	}
+	s.follow(digest, named)
 	return m.MediaType, int64(len(raw)), io.NopCloser(bytes.NewReader(raw)), nil
 }
 
@@ -174,10 +193,31 @@ func (s *Server) remember(config *v1.Descriptor, layers []v1.Descriptor) error {
 	return nil
 }
 
+// place returns the repository of digest.
+func (s *Server) place(digest v1.Hash) name.Repository {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r, ok := s.places[digest]; ok {
+		return r
+	}
+	return s.repository
+}
+
+// follow notes that what a manifest names lies where the manifest does.
+func (s *Server) follow(digest v1.Hash, named []v1.Descriptor) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if place, ok := s.places[digest]; ok {
+		for _, d := range named {
+			s.places[d.Digest] = place
+		}
+	}
+}
+
 func (s *Server) manifestBytes(digest v1.Hash) ([]byte, error) {
 	f, err := s.file(digest, maxManifest, func(ctx context.Context) (io.ReadCloser, error) {
 		// The digest is checked on the way into the cache, as for every file.
-		d, err := remote.Get(s.repository.Digest(digest.String()), s.options(ctx)...)
+		d, err := remote.Get(s.place(digest).Digest(digest.String()), s.options(ctx)...)
 		if err != nil {
 			return nil, err
 		}
@@ -196,10 +236,10 @@ func (s *Server) blob(digest v1.Hash) (string, int64, io.ReadCloser, error) {
 	size, ok := s.sizes[digest]
 	s.mu.Unlock()
 	if !ok {
-		return "", 0, nil, notFound{fmt.Errorf("no manifest of %s that was asked for names the blob %s", s.repository, digest)}
+		return "", 0, nil, notFound{fmt.Errorf("no manifest that was asked for names the blob %s", digest)}
 	}
 	f, err := s.file(digest, size, func(ctx context.Context) (io.ReadCloser, error) {
-		l, err := remote.Layer(s.repository.Digest(digest.String()), s.options(ctx)...)
+		l, err := remote.Layer(s.place(digest).Digest(digest.String()), s.options(ctx)...)
 		if err != nil {
 			return nil, err
 		}
@@ -275,7 +315,7 @@ func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 // explain makes a sentence of why digest could not be fetched.
 func (s *Server) explain(ctx context.Context, digest v1.Hash, err error) error {
-	what := s.repository.Digest(digest.String()).String()
+	what := s.place(digest).Digest(digest.String()).String()
 	var t *transport.Error
 	switch {
 	case ctx.Err() != nil:

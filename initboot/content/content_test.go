@@ -92,7 +92,7 @@ func image(t *testing.T) v1.Image {
 
 func newServer(t *testing.T, image, cache string, memory int64) *Server {
 	t.Helper()
-	s, err := New(image, cache, memory, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	s, err := New(image, nil, cache, memory, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +337,7 @@ func TestNew(t *testing.T) {
 		"nginx":                                                          "",
 		"":                                                               "",
 	} {
-		s, err := New(image, t.TempDir(), 1, slog.Default())
+		s, err := New(image, nil, t.TempDir(), 1, slog.Default())
 		switch {
 		case scheme == "" && err == nil:
 			t.Errorf("%q was accepted", image)
@@ -345,6 +345,38 @@ func TestNew(t *testing.T) {
 			t.Errorf("%q: %v", image, err)
 		case scheme != "" && s.repository.Scheme() != scheme:
 			t.Errorf("%q: %s, want %s", image, s.repository.Scheme(), scheme)
+		}
+	}
+}
+
+// A plugin's image comes from its own repository, through an index too, whatever the workload's is.
+func TestPluginImage(t *testing.T) {
+	own, other := newUpstream(t), newUpstream(t)
+	ref := own.push(t, image(t))
+	img := image(t)
+	elsewhere, err := name.NewDigest(other.push(t, img))
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img})
+	d, _ := index.Digest()
+	if err := remote.WriteIndex(elsewhere.Context().Digest(d.String()), index); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(ref, []string{elsewhere.Context().Digest(d.String()).String()}, t.TempDir(), 1<<20, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	inner, _ := img.Digest()
+	m, _ := img.Manifest()
+	paths := []string{"/manifests/" + d.String(), "/manifests/" + inner.String(), "/blobs/" + m.Config.Digest.String()}
+	for _, l := range m.Layers {
+		paths = append(paths, "/blobs/"+l.Digest.String())
+	}
+	for _, path := range append(paths, "/manifests/"+ref[strings.Index(ref, "@")+1:]) {
+		if w := get(s, path); w.Code != http.StatusOK {
+			t.Errorf("%s: %d %s", path, w.Code, w.Body)
 		}
 	}
 }
