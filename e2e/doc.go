@@ -10,6 +10,7 @@
 //	admission_test.go    what is left alone, and what is denied
 //	layers_test.go       images that are wrong, slow or not there
 //	rollout_test.go      a rolling restart without a failed request
+//	client_test.go       any program through the proxy, a client in Python, and the list of pods
 //
 // `make test-e2e` brings up the cluster, installs what is tested and runs the tests; without
 // CLOISTER_E2E=1 they skip. The settings come from the environment, see the type settings.
