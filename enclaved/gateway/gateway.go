@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"sync"
 	"sync/atomic"
 
@@ -34,12 +35,20 @@ type Config struct {
 	// own sidecar. The gateway closes it.
 	Listen func(port uint32) (net.Listener, error)
 	Vault  Vault
+	// Authorize decides on each HTTP request before the workload sees it. It must not change the request.
+	// Nil lets every request pass.
+	Authorize func(*http.Request) *Verdict
+	// Reserved are headers that a Verdict may set, in lower case: clients cannot send them, nor any that
+	// begins with workload.HeaderPrefix.
+	Reserved []string
 }
 
 // Gateway serves the ports of one manifest.
 type Gateway struct {
 	ports    []*port
 	draining atomic.Bool
+	requests atomic.Uint64 // handed to the workload
+	inflight atomic.Int64
 
 	mu      sync.Mutex
 	conns   map[*conn]struct{}
@@ -76,6 +85,21 @@ func (g *Gateway) Start() error {
 		p.start()
 	}
 	return nil
+}
+
+// Requests returns how many requests were handed to the workload, and how many of these are under way. A
+// connection to a tcp port is one request; what the gateway answers itself is none.
+func (g *Gateway) Requests() (total, inflight uint64) {
+	// In this order, so that there are never more under way than there were.
+	inflight = uint64(g.inflight.Load())
+	return g.requests.Load(), inflight
+}
+
+// request counts one request until its end is called.
+func (g *Gateway) request() (end func()) {
+	g.requests.Add(1)
+	g.inflight.Add(1)
+	return func() { g.inflight.Add(-1) }
 }
 
 // Drain asks every client to leave, now or with the next answer, and returns at once. No request fails

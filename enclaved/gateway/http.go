@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -135,6 +136,17 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 
 // pass hands the request to the workload.
 func (w *web) pass(rw http.ResponseWriter, r *http.Request) {
+	defer w.port.gateway.request()()
+	w.strip(r)
+	if w.port.authorize != nil {
+		v := w.port.authorize(r)
+		maps.Copy(rw.Header(), v.Response)
+		if v.Status != 0 {
+			w.refuse(rw, r, v)
+			return
+		}
+		r = r.WithContext(context.WithValue(r.Context(), verdictKey{}, v))
+	}
 	if r.ProtoMajor == 1 {
 		// The workload may answer before it has the whole body.
 		http.NewResponseController(rw).EnableFullDuplex()
@@ -156,6 +168,9 @@ func (w *web) rewrite(r *httputil.ProxyRequest) {
 	r.Out.URL.RawQuery = r.In.URL.RawQuery // also what Go's own parser would refuse
 	r.Out.Host = r.In.Host
 	r.Out.Trailer = r.In.Trailer // filled in when the body ends
+	if v, ok := r.In.Context().Value(verdictKey{}).(*Verdict); ok {
+		v.apply(r.Out.Header)
+	}
 	r.Out.Header.Set("X-Forwarded-Proto", w.forward)
 }
 

@@ -41,6 +41,9 @@ type port struct {
 	upstream string // host:port of the workload
 	tls      *tls.Config
 	open     func(port uint32) (net.Listener, error)
+	// authorize and reserved are Config's.
+	authorize func(*http.Request) *Verdict
+	reserved  []string
 
 	listener  net.Listener
 	accepting sync.WaitGroup
@@ -52,12 +55,14 @@ type port struct {
 
 func newPort(g *Gateway, config Config, m workload.Port) (*port, error) {
 	p := &port{
-		gateway:  g,
-		vault:    config.Vault,
-		number:   m.Port,
-		upstream: net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(m.Port), 10)),
-		open:     config.Listen,
-		closed:   make(chan struct{}),
+		gateway:   g,
+		vault:     config.Vault,
+		number:    m.Port,
+		upstream:  net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(m.Port), 10)),
+		open:      config.Listen,
+		authorize: config.Authorize,
+		reserved:  config.Reserved,
+		closed:    make(chan struct{}),
 	}
 	switch m.Protocol {
 	case "", workload.ProtocolHTTP:

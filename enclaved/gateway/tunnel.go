@@ -23,6 +23,7 @@ type duplex interface {
 // so that nobody takes a part for the whole.
 func (p *port) tunnel(c *conn, client duplex) {
 	defer c.Close()
+	defer p.gateway.request()()
 	d := net.Dialer{Timeout: dialTimeout}
 	dialed, err := d.Dial("tcp", p.upstream)
 	if err != nil {
