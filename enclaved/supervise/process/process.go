@@ -47,6 +47,9 @@ func Start(self string, children *Children, spec *Spec, stdout, stderr *os.File)
 	p.cmd = command(self, "workload")
 	p.cmd.Stdout, p.cmd.Stderr = stdout, stderr
 	p.cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+	if spec.NoNetwork {
+		p.cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	}
 	err := p.run(p.cmd, spec, children.start, func() error {
 		for name, f := range map[string]**os.File{"pid": &p.pid, "mnt": &p.mnt, "ipc": &p.ipc, "uts": &p.uts} {
 			var err error

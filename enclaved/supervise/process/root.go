@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -42,6 +43,10 @@ func newRoot(s *Spec) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
+	binds, err := openBinds(s.Binds)
+	if err != nil {
+		return err
+	}
 	if err := unix.Mount(s.Root, s.Root, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount the image: %w", err)
 	}
@@ -68,6 +73,11 @@ func newRoot(s *Spec) error {
 	if err := userMounts(s); err != nil {
 		return err
 	}
+	for i, b := range s.Binds {
+		if err := attach(binds[i], b.Target); err != nil {
+			return fmt.Errorf("mount %s: %w", b.Target, err)
+		}
+	}
 	if err := os.MkdirAll(s.Dir, 0o755); err != nil {
 		return fmt.Errorf("make the working directory: %w", err)
 	}
@@ -82,6 +92,47 @@ func newRoot(s *Spec) error {
 		return fmt.Errorf("set the host name: %w", err)
 	}
 	return nil
+}
+
+// openBinds clones the mounts of binds while their sources can be seen.
+func openBinds(binds []Bind) ([]*os.File, error) {
+	var out []*os.File
+	for _, b := range binds {
+		fd, err := unix.OpenTree(unix.AT_FDCWD, b.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("open %s: %w", b.Source, err)
+		}
+		out = append(out, os.NewFile(uintptr(fd), b.Source))
+	}
+	return out, nil
+}
+
+// attach mounts a cloned tree at target, which is made.
+func attach(tree *os.File, target string) error {
+	defer tree.Close()
+	i, err := tree.Stat()
+	if err != nil {
+		return err
+	}
+	dir := target
+	if !i.IsDir() {
+		dir = filepath.Dir(target)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if !i.IsDir() {
+		// Left by an earlier start, or the image's own.
+		f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY|unix.O_NOFOLLOW, 0o755)
+		if err != nil {
+			return err
+		}
+		f.Close()
+	}
+	if err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return err
+	}
+	return unix.MountSetattr(unix.AT_FDCWD, target, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV})
 }
 
 // kernelMounts mounts /proc, /sys and /dev.

@@ -36,6 +36,10 @@ type Spec struct {
 	Mounts          []workload.Mount `json:"mounts"`
 	// MountSize is the size in bytes of a mount that has no limit of its own.
 	MountSize int64 `json:"mountSize"`
+	// Binds are files and directories from outside that the command finds in its root.
+	Binds []Bind `json:"binds,omitempty"`
+	// NoNetwork gives the command a network of its own, without any device that is up.
+	NoNetwork bool `json:"noNetwork,omitempty"`
 	// StopSignal asks the workload to end.
 	StopSignal unix.Signal `json:"stopSignal"`
 
@@ -43,6 +47,13 @@ type Spec struct {
 	Root string `json:"root"`
 	// literals are the manifest's variables as they are written, which commands of probes refer to.
 	literals map[string]string
+}
+
+// Bind is a file or directory of the enclave that is mounted at Target, an absolute path, without setuid
+// programs and devices.
+type Bind struct {
+	Source string `json:"source"`
+	Target string `json:"target"`
 }
 
 // NewSpec combines a manifest with the configuration of its image, which is unpacked in root, as a
