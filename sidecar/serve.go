@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"cloister.dev/cloister/internal/podmetrics"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/sidecar/envoy"
@@ -26,6 +27,8 @@ import (
 const (
 	adminTimeout = 900 * time.Millisecond // less than the kubelet's shortest time-out of a probe, 1 s
 
+	registerTimeout = 5 * time.Second // initboot answers at once
+
 	// On SIGTERM: how long connections that are still open may go on, and how long Envoy may take.
 	// When the kubelet sends it, the workload has ended and there are none.
 	leaveTimeout = 5 * time.Second
@@ -35,11 +38,12 @@ const (
 // config is where the sidecar finds what it works with.
 type config struct {
 	ports          []uint16
+	egress         []string // "host:port" that the enclave may reach
 	podSocket      string
 	dir            string // on tmpfs
 	envoyBinary    string
 	maxConnections int64
-	readyAddr      string // TCP address of /ready
+	readyAddr      string // TCP address of /ready and /metrics
 	envoyLog       io.Writer
 }
 
@@ -49,7 +53,7 @@ func defaults() config {
 		dir:            "/run/cloister-sidecar",
 		envoyBinary:    "/envoy",
 		maxConnections: envoy.MaxConnections(),
-		readyAddr:      ":14022",
+		readyAddr:      fmt.Sprintf(":%d", podmetrics.Port),
 		envoyLog:       os.Stderr,
 	}
 }
@@ -61,11 +65,14 @@ type sidecar struct {
 	log   *slog.Logger
 	ports []uint16
 	relay *relay.Relay
-	xds   *xds.Server
-	admin *envoy.Admin
+	// egress is nil where the enclave may reach nothing.
+	egress *relay.Egress
+	xds    *xds.Server
+	pod    podsock.PodClient
+	admin  *envoy.Admin
 
 	mu       sync.Mutex
-	phase    podsock.EnclaveState_Phase
+	state    *podsock.EnclaveState
 	stopping bool
 }
 
@@ -81,7 +88,8 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 	for _, port := range c.ports {
 		routes = append(routes, xds.Route{Port: port, Socket: relay.SocketPath(relayDir, port)})
 	}
-	x, err := xds.NewServer(log, routes, listenAddress())
+	out := xds.Egress{Socket: filepath.Join(c.dir, "egress.sock"), Endpoints: c.egress}
+	x, err := xds.NewServer(log, routes, out, listenAddress())
 	if err != nil {
 		return err
 	}
@@ -108,7 +116,13 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 	}
 	defer p.Stop(stopTimeout)
 
-	s := &sidecar{log: log, ports: c.ports, relay: r, xds: x, admin: envoy.NewAdmin(envoy.AdminSocket(envoyDir(c.dir)))}
+	pod, closePod := dialPod(c.podSocket)
+	defer closePod()
+	s := &sidecar{log: log, ports: c.ports, relay: r, xds: x, pod: pod, admin: envoy.NewAdmin(envoy.AdminSocket(envoyDir(c.dir)))}
+	if len(c.egress) > 0 {
+		s.egress = relay.NewEgress(out.Socket)
+		defer s.egress.Close()
+	}
 	h := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 5 * time.Second}
 	hl, err := net.Listen("tcp", c.readyAddr)
 	if err != nil {
@@ -119,7 +133,7 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 
 	watching, endWatch := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	wg.Go(func() { watch(watching, log, c.podSocket, s.apply) })
+	wg.Go(func() { watch(watching, log, s.pod, s.apply) })
 	defer wg.Wait()
 	defer endWatch()
 
@@ -173,28 +187,67 @@ func listenUnix(path string) (net.Listener, error) {
 //	phase              connections            new connections
 //	RUNNING, DRAINING  of this generation     carried to the enclave
 //	any other          closed                 refused: no listener
-func (s *sidecar) apply(state *podsock.EnclaveState) {
+//
+// It fails when egress cannot follow; it must be called again then.
+func (s *sidecar) apply(ctx context.Context, state *podsock.EnclaveState) error {
+	s.applyIngress(state)
+	return s.applyEgress(ctx, state)
+}
+
+func (s *sidecar) applyIngress(state *podsock.EnclaveState) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping {
 		return
 	}
-	if s.phase != state.GetPhase() {
-		s.log.Info("enclave", "generation", state.GetGeneration(), "phase", phaseName(state.GetPhase()))
+	phase := state.GetPhase()
+	if s.state.GetPhase() != phase {
+		s.log.Info("enclave", "generation", state.GetGeneration(), "phase", phaseName(phase))
 	}
-	s.phase = state.GetPhase()
-	serving := s.phase == podsock.EnclaveState_PHASE_RUNNING || s.phase == podsock.EnclaveState_PHASE_DRAINING
+	s.state = state
+	serving := phase == podsock.EnclaveState_PHASE_RUNNING || phase == podsock.EnclaveState_PHASE_DRAINING
 	if serving {
-		s.relay.Set(&relay.Target{
-			Generation: state.GetGeneration(),
-			Address:    state.GetTarget(),
-			Secret:     vsock.Secret(state.GetSecret()),
-		})
+		s.relay.Set(target(state))
 	} else {
 		s.relay.Set(nil)
 	}
 	if err := s.xds.SetListening(serving); err != nil {
 		s.log.Error("change Envoy's listeners", "error", err)
+	}
+}
+
+// applyEgress follows the enclave with what leaves it:
+//
+//	phase                                 connections         new connections
+//	BOOTED, STARTING, RUNNING, DRAINING   of this generation  carried to Envoy
+//	any other                             closed              refused
+//
+// The first time in a generation it tells initboot where it listens.
+func (s *sidecar) applyEgress(ctx context.Context, state *podsock.EnclaveState) error {
+	if s.egress == nil {
+		return nil
+	}
+	if state.GetTarget() == "" {
+		_, err := s.egress.Set(nil, 0)
+		return err
+	}
+	port, err := s.egress.Set(target(state), state.GetEgressPort())
+	if err != nil || port == state.GetEgressPort() {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
+	defer cancel()
+	if _, err := s.pod.Register(ctx, &podsock.RegisterRequest{Generation: state.GetGeneration(), EgressPort: port}); err != nil {
+		return fmt.Errorf("register the port for egress: %w", err)
+	}
+	return nil
+}
+
+func target(state *podsock.EnclaveState) *relay.Target {
+	return &relay.Target{
+		Generation: state.GetGeneration(),
+		Address:    state.GetTarget(),
+		Secret:     vsock.Secret(state.GetSecret()),
 	}
 }
 
@@ -239,6 +292,7 @@ func (s *sidecar) handler() http.Handler {
 		}
 		fmt.Fprintln(w, "ready")
 	})
+	mux.Handle("GET "+podmetrics.Path, podmetrics.Handler(s.snapshot))
 	return mux
 }
 
@@ -246,7 +300,7 @@ func (s *sidecar) handler() http.Handler {
 // for every port.
 func (s *sidecar) ready(ctx context.Context) error {
 	s.mu.Lock()
-	phase, stopping := s.phase, s.stopping
+	phase, stopping := s.state.GetPhase(), s.stopping
 	s.mu.Unlock()
 	if stopping {
 		return errors.New("the sidecar ends")

@@ -18,10 +18,16 @@ import (
 	"testing"
 	"time"
 
+	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/podmetrics"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/sidecar/envoy"
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
 )
 
 const (
@@ -58,6 +64,7 @@ type pod struct {
 
 	mu      sync.Mutex
 	state   *podsock.EnclaveState
+	stats   *channel.StatsResponse // nil: there is no run
 	changed chan struct{}
 }
 
@@ -107,6 +114,15 @@ func (p *pod) Watch(_ *podsock.WatchRequest, stream grpc.ServerStreamingServer[p
 			return nil
 		}
 	}
+}
+
+func (p *pod) Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stats == nil {
+		return nil, status.Error(codes.Unavailable, "no workload runs")
+	}
+	return p.stats, nil
 }
 
 // enclave answers every connection to port with its name and echoes the rest, to the end of file.
@@ -633,5 +649,49 @@ func TestParsePorts(t *testing.T) {
 		if ok := err == nil; ok != test.ok || ok && fmt.Sprint(ports) != test.want {
 			t.Errorf("parsePorts(%q) = %v, %v", in, ports, err)
 		}
+	}
+}
+
+// metrics scrapes the sidecar.
+func (r *running) metrics() (podmetrics.Snapshot, error) {
+	res, err := http.Get("http://" + r.config.readyAddr + podmetrics.Path)
+	if err != nil {
+		return podmetrics.Snapshot{}, err
+	}
+	defer res.Body.Close()
+	return podmetrics.Parse(res.Body)
+}
+
+// /metrics shows the state that initboot reports, and the enclave's counters where it has any.
+func TestMetrics(t *testing.T) {
+	r := start(t)
+	first := enclave(t, r.port, 4, "first")
+	stats := &channel.StatsResponse{RequestsTotal: 9, MemoryUsed: 1, MemoryTotal: 2}
+	for _, tt := range []struct {
+		phase podsock.EnclaveState_Phase
+		stats *channel.StatsResponse
+		want  podmetrics.Snapshot
+	}{
+		{podsock.EnclaveState_PHASE_BOOTING, nil, podmetrics.Snapshot{}},
+		{podsock.EnclaveState_PHASE_BOOTED, nil, podmetrics.Snapshot{Attested: true}},
+		{podsock.EnclaveState_PHASE_RUNNING, stats, podmetrics.Snapshot{Attested: true, Stats: stats}},
+		{podsock.EnclaveState_PHASE_DRAINING, nil, podmetrics.Snapshot{Attested: true}},
+		{podsock.EnclaveState_PHASE_ENDED, nil, podmetrics.Snapshot{}},
+	} {
+		tt.want.Phase, tt.want.Generation = tt.phase, 4
+		r.pod.mu.Lock()
+		r.pod.stats = tt.stats
+		r.pod.mu.Unlock()
+		r.pod.set(phase(first, tt.phase))
+		eventually(t, func() error {
+			got, err := r.metrics()
+			if err != nil {
+				return err
+			}
+			if diff := cmp.Diff(tt.want, got, protocmp.Transform()); diff != "" {
+				return errors.New(diff)
+			}
+			return nil
+		})
 	}
 }

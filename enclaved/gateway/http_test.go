@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
@@ -436,4 +437,53 @@ func TestGRPC(t *testing.T) {
 	if _, err := client.Check(t.Context(), &healthpb.HealthCheckRequest{}); status.Code(err) != codes.Unavailable {
 		t.Errorf("got %v from a workload that is down", err)
 	}
+}
+
+// Requests counts what the workload gets, and what it has not answered yet.
+func TestRequests(t *testing.T) {
+	arrived, answer := make(chan struct{}), make(chan struct{})
+	port := serveWorkload(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/wait" {
+			close(arrived)
+			<-answer
+		}
+	}))
+	tcp := serveStreams(t, func(c *net.TCPConn) { io.Copy(c, c) })
+	e := newEnclave(t, workload.Port{Port: port}, workload.Port{Port: tcp, Protocol: workload.ProtocolTCP})
+	want := func(total, inflight uint64) {
+		t.Helper()
+		gotTotal, gotInflight := e.Requests()
+		if gotTotal != total || gotInflight != inflight {
+			t.Errorf("%d requests, %d under way, want %d and %d", gotTotal, gotInflight, total, inflight)
+		}
+	}
+	client := e.client(t, port, false)
+	get(t, client, url(port, "/.well-known/cloister/attestation?nonce=00"))
+	want(0, 0)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		get(t, client, url(port, "/wait"))
+	}()
+	<-arrived
+	want(1, 1)
+	c := e.dial(t, tcp)
+	io.WriteString(c, "x")
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	want(2, 2)
+	close(answer)
+	<-done
+	c.CloseWrite()
+	io.ReadAll(c)
+	// The gateway counts the end after the client has seen it.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, inflight := e.Requests(); inflight == 0 {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("%d requests are still under way", inflight)
+		}
+	}
+	want(2, 0)
 }

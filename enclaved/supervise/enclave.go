@@ -13,7 +13,9 @@ import (
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/enclaved/gateway"
+	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
+	"cloister.dev/cloister/enclaved/usage"
 	"cloister.dev/cloister/enclaved/vault"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/nsm"
@@ -38,7 +40,8 @@ type Config struct {
 // Enclave is the service at the enclave's end of the control channel.
 type Enclave struct {
 	channel.UnimplementedEnclaveServer
-	cfg Config
+	cfg   Config
+	usage *usage.Meter
 
 	configuring sync.Mutex // one Configure at a time
 
@@ -47,7 +50,9 @@ type Enclave struct {
 	secret   vsock.Secret
 	ports    *channel.HostPorts
 	vault    *vault.Vault
-	running  bool // Run was called
+	running  bool         // Run was called
+	relay    *relay.Relay // set by Run, as the next
+	outlets  *relay.Listeners
 	process  *process.Process
 	gateway  *gateway.Gateway
 	killed   string // why the workload was killed, one sentence
@@ -61,7 +66,7 @@ type Enclave struct {
 
 // New returns an enclave that waits for Configure.
 func New(cfg Config) *Enclave {
-	e := &Enclave{cfg: cfg, ended: make(chan struct{}), probes: map[channel.ProbeKind]*probe{}}
+	e := &Enclave{cfg: cfg, usage: usage.New(Virtual(), "/", cfg.Dir), ended: make(chan struct{}), probes: map[channel.ProbeKind]*probe{}}
 	e.stopping, e.stop = context.WithCancel(context.Background())
 	return e
 }

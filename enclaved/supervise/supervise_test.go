@@ -480,6 +480,14 @@ func TestServeAndProbe(t *testing.T) {
 		if b, err := io.ReadAll(tlsConn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 204") {
 			t.Errorf("answer %q, %v", b, err)
 		}
+		stats, err := e.Stats(t.Context(), &channel.StatsRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The probes went to the workload past the gateway.
+		if stats.RequestsTotal != 1 || stats.MemoryUsed == 0 || stats.MemoryTotal == 0 || stats.CpuSeconds == 0 || stats.NsmCallsTotal == 0 {
+			t.Errorf("stats: %v", stats)
+		}
 		e.stopLater(t, 0, 0)
 	})
 	r.check(t, 137, "killed")

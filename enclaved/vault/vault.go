@@ -79,6 +79,9 @@ func New(module *nsm.Module) *Vault {
 // Format prints no secret whatever the verb.
 func (v *Vault) Format(f fmt.State, _ rune) { io.WriteString(f, "vault") }
 
+// Calls returns how many requests the security module got.
+func (v *Vault) Calls() uint64 { return v.module.Calls() }
+
 // Close ends the renewal of the certificate.
 func (v *Vault) Close() {
 	v.stop()

@@ -20,6 +20,7 @@ import (
 	"cloister.dev/cloister/initboot/driver"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podsock"
+	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/workload"
 )
 
@@ -85,12 +86,17 @@ type state struct {
 	step       string
 	lastError  string
 	started    time.Time // of the workload; zero while it does not run
+	ports      sidecarPorts
 }
+
+// sidecarPorts are the ports of the host on which the sidecar listens for the enclave.
+type sidecarPorts struct{ egress, credentials uint32 }
 
 func (s state) message() *podsock.EnclaveState {
 	m := &podsock.EnclaveState{
 		Generation: s.generation, Phase: s.phase, Target: s.target, Secret: s.secret,
-		Progress: &channel.Progress{Step: s.step, Error: s.lastError},
+		Progress:   &channel.Progress{Step: s.step, Error: s.lastError},
+		EgressPort: s.ports.egress, CredentialsPort: s.ports.credentials,
 	}
 	if !s.started.IsZero() {
 		m.RunningNs = uint64(time.Since(s.started))
@@ -166,9 +172,13 @@ func (m *Machine) serve(e *enclave) (used bool, err error) {
 	m.update(func(s *state) {
 		*s = state{
 			generation: e.generation, phase: podsock.EnclaveState_PHASE_BOOTED,
-			target: e.driver.Target(), secret: e.secret, step: "wait for the console",
+			target: e.driver.Target(), secret: e.secret, step: "wait for the sidecar",
 		}
 	})
+	if err := m.waitForSidecar(e.ctx); err != nil {
+		return false, err
+	}
+	m.update(func(s *state) { s.step = "wait for the console" })
 	l := &lease{enclave: e, begun: make(chan struct{}), done: make(chan struct{})}
 	select {
 	case m.leases <- l:
@@ -177,6 +187,47 @@ func (m *Machine) serve(e *enclave) (used bool, err error) {
 	case <-e.ctx.Done():
 		return false, context.Cause(e.ctx)
 	}
+}
+
+// waitForSidecar returns when the sidecar has registered the ports that the workload needs.
+func (m *Machine) waitForSidecar(ctx context.Context) error {
+	if m.cfg.Workload == nil || len(m.cfg.Workload.Endpoints()) == 0 {
+		return nil
+	}
+	for {
+		m.mu.Lock()
+		ports, changed := m.state.ports, m.changed
+		m.mu.Unlock()
+		if ports.egress != 0 {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// Register implements podsock.PodServer. The enclave learns the ports once, so they cannot change.
+func (m *Machine) Register(_ context.Context, r *podsock.RegisterRequest) (*podsock.RegisterResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r.GetGeneration() != m.state.generation || m.state.target == "" {
+		return nil, status.Errorf(codes.FailedPrecondition, "generation %d is not the one that has booted: watch the state and register again", r.GetGeneration())
+	}
+	for _, port := range []uint32{r.GetEgressPort(), r.GetCredentialsPort()} {
+		if port != 0 && port < vsock.FirstHostPort {
+			return nil, status.Errorf(codes.InvalidArgument, "port %d could be a containerPort: at least %d is needed", port, vsock.FirstHostPort)
+		}
+	}
+	ports := sidecarPorts{r.GetEgressPort(), r.GetCredentialsPort()}
+	if m.state.ports != (sidecarPorts{}) && m.state.ports != ports {
+		return nil, status.Error(codes.FailedPrecondition, "other ports are registered for this enclave: listen on those")
+	}
+	m.state.ports = ports
+	m.broadcast()
+	return &podsock.RegisterResponse{}, nil
 }
 
 // waitForRun returns when some Run waits for an enclave.
@@ -328,7 +379,10 @@ func (m *Machine) Run(_ *podsock.RunRequest, stream podsock.Pod_RunServer) error
 	if err := stream.Send(progress("run the workload")); err != nil {
 		return err
 	}
-	events, err := e.client.Run(ctx, &channel.RunRequest{})
+	m.mu.Lock()
+	ports := m.state.ports
+	m.mu.Unlock()
+	events, err := e.client.Run(ctx, &channel.RunRequest{EgressPort: ports.egress, CredentialsPort: ports.credentials})
 	for err == nil {
 		var ev *channel.RunEvent
 		if ev, err = events.Recv(); err != nil {
@@ -438,6 +492,17 @@ func hasProbe(w *workload.Manifest, kind channel.ProbeKind) bool {
 		return w.Probes.Readiness != nil
 	}
 	return false
+}
+
+// Stats implements podsock.PodServer.
+func (m *Machine) Stats(ctx context.Context, r *channel.StatsRequest) (*channel.StatsResponse, error) {
+	m.mu.Lock()
+	l := m.current
+	m.mu.Unlock()
+	if l == nil {
+		return nil, status.Error(codes.Unavailable, "no workload runs")
+	}
+	return l.enclave.client.Stats(ctx, r)
 }
 
 // Stop implements podsock.PodServer: it ends the present run and those that wait. A workload without

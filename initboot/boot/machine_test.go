@@ -540,3 +540,27 @@ func TestProbe(t *testing.T) {
 	f.pod.Stop(t.Context(), &channel.StopRequest{})
 	<-result
 }
+
+func TestStats(t *testing.T) {
+	want := &channel.StatsResponse{RequestsTotal: 7, MemoryUsed: 1 << 20}
+	f := start(t, hold, func(_ *Config, d *drivertest.Driver) { d.Stats = want })
+	f.phase(1, booted)
+	if r, err := f.pod.Stats(t.Context(), &channel.StatsRequest{}); status.Code(err) != codes.Unavailable {
+		t.Errorf("before the run: %v, %v", r, err)
+	}
+	result := make(chan error)
+	go func() {
+		_, err := f.run(t.Context())
+		result <- err
+	}()
+	f.phase(1, running)
+	r, err := f.pod.Stats(t.Context(), &channel.StatsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, r, protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	f.pod.Stop(t.Context(), &channel.StopRequest{})
+	<-result
+}

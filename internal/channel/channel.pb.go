@@ -862,6 +862,131 @@ func (*StopResponse) Descriptor() ([]byte, []int) {
 	return file_internal_channel_channel_proto_rawDescGZIP(), []int{12}
 }
 
+type StatsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsRequest) Reset() {
+	*x = StatsRequest{}
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsRequest) ProtoMessage() {}
+
+func (x *StatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
+func (*StatsRequest) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13}
+}
+
+type StatsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Memory in use, and all there is, in bytes.
+	MemoryUsed  uint64 `protobuf:"varint,1,opt,name=memory_used,json=memoryUsed,proto3" json:"memory_used,omitempty"`
+	MemoryTotal uint64 `protobuf:"varint,2,opt,name=memory_total,json=memoryTotal,proto3" json:"memory_total,omitempty"`
+	// CPU time of everything in the enclave, in seconds.
+	CpuSeconds float64 `protobuf:"fixed64,3,opt,name=cpu_seconds,json=cpuSeconds,proto3" json:"cpu_seconds,omitempty"`
+	// Requests that the gateway handed to the workload, and those under way. A connection to a tcp port is
+	// one request.
+	RequestsTotal uint64 `protobuf:"varint,4,opt,name=requests_total,json=requestsTotal,proto3" json:"requests_total,omitempty"`
+	Inflight      uint64 `protobuf:"varint,5,opt,name=inflight,proto3" json:"inflight,omitempty"`
+	// Requests to the security module.
+	NsmCallsTotal uint64 `protobuf:"varint,6,opt,name=nsm_calls_total,json=nsmCallsTotal,proto3" json:"nsm_calls_total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsResponse) Reset() {
+	*x = StatsResponse{}
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse) ProtoMessage() {}
+
+func (x *StatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
+func (*StatsResponse) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *StatsResponse) GetMemoryUsed() uint64 {
+	if x != nil {
+		return x.MemoryUsed
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetMemoryTotal() uint64 {
+	if x != nil {
+		return x.MemoryTotal
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetCpuSeconds() float64 {
+	if x != nil {
+		return x.CpuSeconds
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetRequestsTotal() uint64 {
+	if x != nil {
+		return x.RequestsTotal
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetInflight() uint64 {
+	if x != nil {
+		return x.Inflight
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetNsmCallsTotal() uint64 {
+	if x != nil {
+		return x.NsmCallsTotal
+	}
+	return 0
+}
+
 var File_internal_channel_channel_proto protoreflect.FileDescriptor
 
 const file_internal_channel_channel_proto_rawDesc = "" +
@@ -913,16 +1038,27 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\vStopRequest\x12\x19\n" +
 	"\bdrain_ms\x18\x01 \x01(\rR\adrainMs\x12\x19\n" +
 	"\bgrace_ms\x18\x02 \x01(\rR\agraceMs\"\x0e\n" +
-	"\fStopResponse*r\n" +
+	"\fStopResponse\"\x0e\n" +
+	"\fStatsRequest\"\xdf\x01\n" +
+	"\rStatsResponse\x12\x1f\n" +
+	"\vmemory_used\x18\x01 \x01(\x04R\n" +
+	"memoryUsed\x12!\n" +
+	"\fmemory_total\x18\x02 \x01(\x04R\vmemoryTotal\x12\x1f\n" +
+	"\vcpu_seconds\x18\x03 \x01(\x01R\n" +
+	"cpuSeconds\x12%\n" +
+	"\x0erequests_total\x18\x04 \x01(\x04R\rrequestsTotal\x12\x1a\n" +
+	"\binflight\x18\x05 \x01(\x04R\binflight\x12&\n" +
+	"\x0fnsm_calls_total\x18\x06 \x01(\x04R\rnsmCallsTotal*r\n" +
 	"\tProbeKind\x12\x1a\n" +
 	"\x16PROBE_KIND_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12PROBE_KIND_STARTUP\x10\x01\x12\x17\n" +
 	"\x13PROBE_KIND_LIVENESS\x10\x02\x12\x18\n" +
-	"\x14PROBE_KIND_READINESS\x10\x032\xcb\x02\n" +
+	"\x14PROBE_KIND_READINESS\x10\x032\x9b\x03\n" +
 	"\aEnclave\x12Z\n" +
 	"\tConfigure\x12%.cloister.channel.v1.ConfigureRequest\x1a&.cloister.channel.v1.ConfigureResponse\x12G\n" +
 	"\x03Run\x12\x1f.cloister.channel.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12N\n" +
-	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.channel.v1.ProbeResponse\x12K\n" +
+	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.channel.v1.ProbeResponse\x12N\n" +
+	"\x05Stats\x12!.cloister.channel.v1.StatsRequest\x1a\".cloister.channel.v1.StatsResponse\x12K\n" +
 	"\x04Stop\x12 .cloister.channel.v1.StopRequest\x1a!.cloister.channel.v1.StopResponseB(Z&cloister.dev/cloister/internal/channelb\x06proto3"
 
 var (
@@ -938,7 +1074,7 @@ func file_internal_channel_channel_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_channel_channel_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_internal_channel_channel_proto_goTypes = []any{
 	(ProbeKind)(0),            // 0: cloister.channel.v1.ProbeKind
 	(Output_Stream)(0),        // 1: cloister.channel.v1.Output.Stream
@@ -955,6 +1091,8 @@ var file_internal_channel_channel_proto_goTypes = []any{
 	(*ProbeResponse)(nil),     // 12: cloister.channel.v1.ProbeResponse
 	(*StopRequest)(nil),       // 13: cloister.channel.v1.StopRequest
 	(*StopResponse)(nil),      // 14: cloister.channel.v1.StopResponse
+	(*StatsRequest)(nil),      // 15: cloister.channel.v1.StatsRequest
+	(*StatsResponse)(nil),     // 16: cloister.channel.v1.StatsResponse
 }
 var file_internal_channel_channel_proto_depIdxs = []int32{
 	3,  // 0: cloister.channel.v1.ConfigureRequest.ports:type_name -> cloister.channel.v1.HostPorts
@@ -967,13 +1105,15 @@ var file_internal_channel_channel_proto_depIdxs = []int32{
 	2,  // 7: cloister.channel.v1.Enclave.Configure:input_type -> cloister.channel.v1.ConfigureRequest
 	5,  // 8: cloister.channel.v1.Enclave.Run:input_type -> cloister.channel.v1.RunRequest
 	11, // 9: cloister.channel.v1.Enclave.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	13, // 10: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
-	4,  // 11: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
-	6,  // 12: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
-	12, // 13: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
-	14, // 14: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
-	11, // [11:15] is the sub-list for method output_type
-	7,  // [7:11] is the sub-list for method input_type
+	15, // 10: cloister.channel.v1.Enclave.Stats:input_type -> cloister.channel.v1.StatsRequest
+	13, // 11: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
+	4,  // 12: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
+	6,  // 13: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
+	12, // 14: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
+	16, // 15: cloister.channel.v1.Enclave.Stats:output_type -> cloister.channel.v1.StatsResponse
+	14, // 16: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
+	12, // [12:17] is the sub-list for method output_type
+	7,  // [7:12] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -996,7 +1136,7 @@ func file_internal_channel_channel_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_channel_channel_proto_rawDesc), len(file_internal_channel_channel_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

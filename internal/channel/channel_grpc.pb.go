@@ -26,6 +26,7 @@ const (
 	Enclave_Configure_FullMethodName = "/cloister.channel.v1.Enclave/Configure"
 	Enclave_Run_FullMethodName       = "/cloister.channel.v1.Enclave/Run"
 	Enclave_Probe_FullMethodName     = "/cloister.channel.v1.Enclave/Probe"
+	Enclave_Stats_FullMethodName     = "/cloister.channel.v1.Enclave/Stats"
 	Enclave_Stop_FullMethodName      = "/cloister.channel.v1.Enclave/Stop"
 )
 
@@ -43,6 +44,8 @@ type EnclaveClient interface {
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RunEvent], error)
 	// Probe runs one probe of the manifest.
 	Probe(ctx context.Context, in *ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
+	// Stats returns the enclave's counters, since its start. It needs no Configure.
+	Stats(ctx context.Context, in *StatsRequest, opts ...grpc.CallOption) (*StatsResponse, error)
 	// Stop drains the gateway for the given time, sends the stop signal to the workload and kills it
 	// when the grace period is over. It returns when the workload has ended; Run reports the exit.
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
@@ -95,6 +98,16 @@ func (c *enclaveClient) Probe(ctx context.Context, in *ProbeRequest, opts ...grp
 	return out, nil
 }
 
+func (c *enclaveClient) Stats(ctx context.Context, in *StatsRequest, opts ...grpc.CallOption) (*StatsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StatsResponse)
+	err := c.cc.Invoke(ctx, Enclave_Stats_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *enclaveClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StopResponse)
@@ -119,6 +132,8 @@ type EnclaveServer interface {
 	Run(*RunRequest, grpc.ServerStreamingServer[RunEvent]) error
 	// Probe runs one probe of the manifest.
 	Probe(context.Context, *ProbeRequest) (*ProbeResponse, error)
+	// Stats returns the enclave's counters, since its start. It needs no Configure.
+	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
 	// Stop drains the gateway for the given time, sends the stop signal to the workload and kills it
 	// when the grace period is over. It returns when the workload has ended; Run reports the exit.
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
@@ -140,6 +155,9 @@ func (UnimplementedEnclaveServer) Run(*RunRequest, grpc.ServerStreamingServer[Ru
 }
 func (UnimplementedEnclaveServer) Probe(context.Context, *ProbeRequest) (*ProbeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Probe not implemented")
+}
+func (UnimplementedEnclaveServer) Stats(context.Context, *StatsRequest) (*StatsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Stats not implemented")
 }
 func (UnimplementedEnclaveServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
@@ -212,6 +230,24 @@ func _Enclave_Probe_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Enclave_Stats_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EnclaveServer).Stats(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Enclave_Stats_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EnclaveServer).Stats(ctx, req.(*StatsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Enclave_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StopRequest)
 	if err := dec(in); err != nil {
@@ -244,6 +280,10 @@ var Enclave_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Probe",
 			Handler:    _Enclave_Probe_Handler,
+		},
+		{
+			MethodName: "Stats",
+			Handler:    _Enclave_Stats_Handler,
 		},
 		{
 			MethodName: "Stop",

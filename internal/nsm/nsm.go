@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/hf/nsm/request"
 	"github.com/hf/nsm/response"
@@ -49,6 +50,7 @@ func (e *Error) Error() string {
 type Module struct {
 	provider Provider
 	turn     *semaphore.Weighted // serves its waiters first in, first out
+	calls    atomic.Uint64
 }
 
 // New returns a module that owns p.
@@ -65,12 +67,16 @@ func (m *Module) Close() error {
 	return m.provider.Close()
 }
 
+// Calls returns how many requests were sent, also those that failed.
+func (m *Module) Calls() uint64 { return m.calls.Load() }
+
 // send waits for its turn, as long as ctx allows, and for the answer.
 func (m *Module) send(ctx context.Context, op string, req request.Request) (response.Response, error) {
 	if err := m.turn.Acquire(ctx, 1); err != nil {
 		return response.Response{}, fmt.Errorf("wait for the security module: %w", err)
 	}
 	defer m.turn.Release(1)
+	m.calls.Add(1)
 	res, err := m.provider.Send(ctx, req)
 	if err != nil {
 		return response.Response{}, fmt.Errorf("ask the security module for %s: %w", op, err)

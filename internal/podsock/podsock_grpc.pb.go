@@ -26,6 +26,7 @@ const (
 	Pod_Register_FullMethodName = "/cloister.podsock.v1.Pod/Register"
 	Pod_Run_FullMethodName      = "/cloister.podsock.v1.Pod/Run"
 	Pod_Probe_FullMethodName    = "/cloister.podsock.v1.Pod/Probe"
+	Pod_Stats_FullMethodName    = "/cloister.podsock.v1.Pod/Stats"
 	Pod_Stop_FullMethodName     = "/cloister.podsock.v1.Pod/Stop"
 )
 
@@ -46,6 +47,9 @@ type PodClient interface {
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[channel.RunEvent], error)
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(ctx context.Context, in *channel.ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
+	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
+	// Unavailable while there is none.
+	Stats(ctx context.Context, in *channel.StatsRequest, opts ...grpc.CallOption) (*channel.StatsResponse, error)
 	// Stop ends the present run; see Enclave.Stop. It returns when the workload has ended.
 	Stop(ctx context.Context, in *channel.StopRequest, opts ...grpc.CallOption) (*channel.StopResponse, error)
 }
@@ -116,6 +120,16 @@ func (c *podClient) Probe(ctx context.Context, in *channel.ProbeRequest, opts ..
 	return out, nil
 }
 
+func (c *podClient) Stats(ctx context.Context, in *channel.StatsRequest, opts ...grpc.CallOption) (*channel.StatsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(channel.StatsResponse)
+	err := c.cc.Invoke(ctx, Pod_Stats_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *podClient) Stop(ctx context.Context, in *channel.StopRequest, opts ...grpc.CallOption) (*channel.StopResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(channel.StopResponse)
@@ -143,6 +157,9 @@ type PodServer interface {
 	Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error)
+	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
+	// Unavailable while there is none.
+	Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error)
 	// Stop ends the present run; see Enclave.Stop. It returns when the workload has ended.
 	Stop(context.Context, *channel.StopRequest) (*channel.StopResponse, error)
 	mustEmbedUnimplementedPodServer()
@@ -166,6 +183,9 @@ func (UnimplementedPodServer) Run(*RunRequest, grpc.ServerStreamingServer[channe
 }
 func (UnimplementedPodServer) Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Probe not implemented")
+}
+func (UnimplementedPodServer) Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Stats not implemented")
 }
 func (UnimplementedPodServer) Stop(context.Context, *channel.StopRequest) (*channel.StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
@@ -249,6 +269,24 @@ func _Pod_Probe_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Pod_Stats_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(channel.StatsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PodServer).Stats(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Pod_Stats_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PodServer).Stats(ctx, req.(*channel.StatsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Pod_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(channel.StopRequest)
 	if err := dec(in); err != nil {
@@ -281,6 +319,10 @@ var Pod_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Probe",
 			Handler:    _Pod_Probe_Handler,
+		},
+		{
+			MethodName: "Stats",
+			Handler:    _Pod_Stats_Handler,
 		},
 		{
 			MethodName: "Stop",

@@ -43,6 +43,8 @@ type Driver struct {
 	OtherEIF string
 	// Probe, when set, answers probes.
 	Probe func(*channel.ProbeRequest) *channel.ProbeResponse
+	// Stats is what enclaves count.
+	Stats *channel.StatsResponse
 
 	signer *nsmdev.Signer
 
@@ -250,6 +252,10 @@ func (s server) Run(_ *channel.RunRequest, stream channel.Enclave_RunServer) err
 
 func (s server) Probe(_ context.Context, r *channel.ProbeRequest) (*channel.ProbeResponse, error) {
 	return s.e.d.Probe(r), nil
+}
+
+func (s server) Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error) {
+	return s.e.d.Stats, nil
 }
 
 func (s server) Stop(_ context.Context, r *channel.StopRequest) (*channel.StopResponse, error) {
