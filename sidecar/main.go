@@ -18,6 +18,7 @@ import (
 	"syscall"
 
 	"cloister.dev/cloister/sidecar/envoy"
+	"cloister.dev/cloister/workload"
 )
 
 const usage = "usage: sidecar serve | sidecar probe startup"
@@ -48,6 +49,9 @@ func serve(log *slog.Logger) error {
 	if c.ports, err = parsePorts(os.Getenv("CLOISTER_PORTS")); err != nil {
 		return err
 	}
+	if c.egress, err = parseEgress(os.Getenv("CLOISTER_EGRESS")); err != nil {
+		return err
+	}
 	if err := raiseFileLimit(); err != nil {
 		return err
 	}
@@ -67,6 +71,23 @@ func parsePorts(s string) ([]uint16, error) {
 		return nil, fmt.Errorf("read CLOISTER_PORTS: %s has a port twice, or port 0", s)
 	}
 	return ports, nil
+}
+
+// parseEgress reads CLOISTER_EGRESS, a JSON array of "host:port" as the webhook writes it, or nothing.
+func parseEgress(s string) ([]string, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var endpoints []string
+	if err := json.Unmarshal([]byte(s), &endpoints); err != nil {
+		return nil, fmt.Errorf("read CLOISTER_EGRESS, a JSON array of host:port: %w", err)
+	}
+	for _, e := range endpoints {
+		if _, _, err := workload.ParseEndpoint(e); err != nil {
+			return nil, fmt.Errorf("read CLOISTER_EGRESS: %q: %w", e, err)
+		}
+	}
+	return endpoints, nil
 }
 
 // raiseFileLimit lets this process and Envoy have as many descriptors as the container may. (Go does the

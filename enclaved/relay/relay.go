@@ -15,7 +15,7 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -96,7 +96,7 @@ type stream struct {
 }
 
 // connect asks the sidecar for address and returns a stream that must be carried. What the client sends is
-// read from now on. If it fails, the client may be closed already; the caller closes it.
+// read from now on. If it fails, the caller closes the client.
 func (r *Relay) connect(ctx context.Context, address string, client halfConn) (*stream, error) {
 	failed := func(err error) (*stream, error) { return nil, fmt.Errorf("connect to %s: %w", address, err) }
 	if !slices.Contains(r.allowed, address) {
@@ -135,7 +135,8 @@ func (r *Relay) connect(ctx context.Context, address string, client halfConn) (*
 }
 
 // carry returns when both directions have ended, each passed on alone, or with the first error, which
-// resets the client's connection.
+// resets the client's connection. (Envoy ends both when the target is the first to end its own, after all
+// that the target has sent.)
 func (s *stream) carry() {
 	defer s.conn.Close()
 	defer s.cancel()
@@ -159,30 +160,20 @@ func reset(c net.Conn) {
 	}
 }
 
-// body is what a client sends, as the body of a request. Its end is the end of the client's direction.
+// body is what a client sends, as the body of a request.
 type body struct {
-	client halfConn
+	client net.Conn
 	once   sync.Once
 	ended  chan struct{} // closed when nothing more is read
-	eof    atomic.Bool
 }
 
-func (b *body) Read(p []byte) (int, error) {
-	n, err := b.client.Read(p)
-	if errors.Is(err, io.EOF) {
-		b.eof.Store(true)
-	}
-	return n, err
-}
+func (b *body) Read(p []byte) (int, error) { return b.client.Read(p) }
 
-// Close is called by the transport, also to end a Read: after anything but the end of what the client
-// sends there is nobody to take it.
+// Close is called by the transport at the end of what the client sends, and when nobody takes it any more:
+// then Read must end, but what the target has sent may still be on its way to the client.
 func (b *body) Close() error {
 	b.once.Do(func() {
-		if !b.eof.Load() {
-			reset(b.client)
-			b.client.Close()
-		}
+		b.client.SetReadDeadline(time.Unix(1, 0))
 		close(b.ended)
 	})
 	return nil

@@ -31,9 +31,6 @@ const (
 	configureTimeout = 30 * time.Second
 	// endTimeout is how long the end of the control channel waits for the driver's word on why.
 	endTimeout = 100 * time.Millisecond
-
-	// firstPort is the lowest vsock port that is not a containerPort.
-	firstPort = 1 << 16
 )
 
 // errClosed is why the context of an enclave ended that was stopped on purpose.
@@ -194,7 +191,7 @@ func (discard) Write(b []byte) (int, error) { return len(b), nil }
 func (e *enclave) listenAny() (net.Listener, uint32, error) {
 	var err error
 	for range 10 {
-		port := firstPort + rand.Uint32N(1<<31)
+		port := vsock.FirstHostPort + rand.Uint32N(1<<31)
 		var l net.Listener
 		if l, err = e.driver.Listen(port); err == nil {
 			return e.secret.Listen(l, port), port, nil

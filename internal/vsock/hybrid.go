@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -28,6 +29,24 @@ const (
 // guest's socket.
 func HostPath(guest string, port uint32) string {
 	return guest + "_" + strconv.FormatUint(uint64(port), 10)
+}
+
+// listenHybrid binds a port of the host beside the guest's socket at path.
+func listenHybrid(path string, port uint32) (net.Listener, error) {
+	path = HostPath(path, port)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	// Whoever plays the guest may have another uid.
+	if err := os.Chmod(path, 0o666); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
 }
 
 // dialHybrid connects to a port of the guest whose socket is at path.

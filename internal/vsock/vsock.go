@@ -55,6 +55,23 @@ func (afVsock) Dial(_ context.Context, port uint32) (net.Conn, error) {
 	return vsock.Dial(hostCID, port, nil)
 }
 
+// FirstHostPort is the lowest port of a host that a part of ours listens on, but for the control channel:
+// no containerPort is as high.
+const FirstHostPort = 1 << 16
+
+// Listen binds a port of the host for the enclave at target, which is as in Dial. A hybrid socket that a
+// former process of the same user left is replaced.
+func Listen(target string, port uint32) (net.Listener, error) {
+	switch scheme, rest, _ := strings.Cut(target, "://"); scheme {
+	case "unix":
+		return listenHybrid(rest, port)
+	case "vsock":
+		return vsock.Listen(port, nil)
+	default:
+		return nil, fmt.Errorf("target %q is neither unix://PATH nor vsock://CID", target)
+	}
+}
+
 // Dial connects a host to a port of an enclave. Target is "unix://PATH" for the guest's hybrid socket
 // or "vsock://CID".
 func Dial(ctx context.Context, target string, port uint32) (net.Conn, error) {

@@ -4,6 +4,8 @@
 // For each port there is one unix socket, for the whole life of the sidecar. A connection to it is
 // carried to the same vsock port of the enclave that is the target at that moment. When the target
 // changes, the connections of the former one are closed, within flushTime.
+//
+// Egress is the other direction: a port of the host that the enclave dials, and a unix socket of Envoy's.
 package relay
 
 import (
@@ -148,10 +150,7 @@ func (r *Relay) accept(l *net.UnixListener, port uint32) {
 // the enclave cannot be reached the client sees its connection closed, without a byte.
 func (s *session) carry(client *net.UnixConn, port uint32) {
 	defer client.Close()
-	flush := func(c net.Conn) func() bool {
-		return context.AfterFunc(s.ctx, func() { c.SetDeadline(time.Now().Add(flushTime)) })
-	}
-	defer flush(client)()
+	defer s.flush(client)()
 
 	ctx, cancel := context.WithTimeout(s.ctx, dialTimeout)
 	defer cancel()
@@ -162,8 +161,13 @@ func (s *session) carry(client *net.UnixConn, port uint32) {
 		return // often, while an enclave ends; the client sees it
 	}
 	defer c.Close()
-	defer flush(c)()
+	defer s.flush(c)()
 	if enclave, ok := c.(stream); ok {
 		join(client, enclave)
 	}
+}
+
+// flush gives c flushTime when the session ends.
+func (s *session) flush(c net.Conn) (stop func() bool) {
+	return context.AfterFunc(s.ctx, func() { c.SetDeadline(time.Now().Add(flushTime)) })
 }

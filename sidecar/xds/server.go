@@ -38,14 +38,14 @@ type Server struct {
 	retry     *time.Timer
 }
 
-// NewServer returns a server whose configuration has the clusters of routes and no listeners yet. It
-// must be stopped.
-func NewServer(log *slog.Logger, routes []Route, address string) (*Server, error) {
-	idle, err := Snapshot(routes, address, false)
+// NewServer returns a server whose configuration has the clusters of routes, no listeners for them yet,
+// and egress. It must be stopped.
+func NewServer(log *slog.Logger, routes []Route, egress Egress, address string) (*Server, error) {
+	idle, err := Snapshot(routes, egress, address, false)
 	if err != nil {
 		return nil, err
 	}
-	serving, err := Snapshot(routes, address, true)
+	serving, err := Snapshot(routes, egress, address, true)
 	if err != nil {
 		return nil, err
 	}

@@ -2,14 +2,14 @@
 // incremental variant) over any listener.
 //
 // Per port there is one cluster, whose only endpoint is a unix socket, and, while there is something to
-// serve, one listener that carries TCP to it. Envoy sees ciphertext only.
+// serve, one listener that carries TCP to it. Envoy sees ciphertext only. What leaves the enclave has a
+// listener of its own; see Egress.
 package xds
 
 import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"math"
 	"strconv"
 	"time"
 
@@ -49,8 +49,8 @@ type Route struct {
 func ListenerName(port uint16) string { return "port-" + strconv.Itoa(int(port)) }
 
 // Snapshot returns the clusters of routes and, if listening, their listeners on address, which is IPv4
-// or DualStack. Its version is the hash of its content.
-func Snapshot(routes []Route, address string, listening bool) (*cachev3.Snapshot, error) {
+// or DualStack; and cluster and listener of egress. Its version is the hash of its content.
+func Snapshot(routes []Route, egress Egress, address string, listening bool) (*cachev3.Snapshot, error) {
 	var clusters, listeners []types.Resource
 	for _, r := range routes {
 		clusters = append(clusters, cluster(r))
@@ -61,6 +61,17 @@ func Snapshot(routes []Route, address string, listening bool) (*cachev3.Snapshot
 			}
 			listeners = append(listeners, l)
 		}
+	}
+	if len(egress.Endpoints) > 0 {
+		c, err := egress.cluster()
+		if err != nil {
+			return nil, err
+		}
+		l, err := egress.listener()
+		if err != nil {
+			return nil, err
+		}
+		clusters, listeners = append(clusters, c), append(listeners, l)
 	}
 	version, err := contentHash(clusters, listeners)
 	if err != nil {
@@ -101,11 +112,7 @@ func cluster(r Route) *clusterv3.Cluster {
 		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:                durationpb.New(5 * time.Second),
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
-		// Envoy's default of 1024 connections a cluster would be a limit that nobody set.
-		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
-			MaxConnections:     wrapperspb.UInt32(math.MaxUint32),
-			MaxPendingRequests: wrapperspb.UInt32(math.MaxUint32),
-		}}},
+		CircuitBreakers:               unlimited(),
 		LoadAssignment: &endpointv3.ClusterLoadAssignment{
 			ClusterName: name,
 			Endpoints: []*endpointv3.LocalityLbEndpoints{{

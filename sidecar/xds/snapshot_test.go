@@ -24,15 +24,17 @@ func TestSnapshot(t *testing.T) {
 		routes    []Route
 		address   string
 		listening bool
+		egress    Egress
 	}{
 		"idle":       {routes: two[:1], address: IPv4},
 		"ipv4":       {routes: two[:1], address: IPv4, listening: true},
 		"dual-stack": {routes: two, address: DualStack, listening: true},
 		"no-ports":   {address: IPv4, listening: true},
+		"egress":     {address: IPv4, egress: Egress{Socket: "/run/egress.sock", Endpoints: []string{"10.0.0.1:5432", "[2001:db8::1]:443", "example.org:443"}}},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			s, err := Snapshot(test.routes, test.address, test.listening)
+			s, err := Snapshot(test.routes, test.egress, test.address, test.listening)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -84,8 +86,8 @@ func render(t *testing.T, s *cachev3.Snapshot) []byte {
 
 // The version changes with the content and with nothing else.
 func TestSnapshotVersion(t *testing.T) {
-	version := func(socket, address string, listening bool) string {
-		s, err := Snapshot([]Route{{Port: 80, Socket: socket}}, address, listening)
+	version := func(socket, address string, listening bool, endpoints ...string) string {
+		s, err := Snapshot([]Route{{Port: 80, Socket: socket}}, Egress{"/e", endpoints}, address, listening)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -99,6 +101,7 @@ func TestSnapshotVersion(t *testing.T) {
 		"socket":    version("/b", IPv4, true),
 		"address":   version("/a", DualStack, true),
 		"listening": version("/a", IPv4, false),
+		"endpoint":  version("/a", IPv4, true, "a:1"),
 	} {
 		if other == base {
 			t.Errorf("another %s has the same version", name)

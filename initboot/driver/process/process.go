@@ -48,6 +48,10 @@ func (d Driver) Create(generation uint64) (driver.Enclave, error) {
 			return nil, fmt.Errorf("create folder of the enclave: %w", err)
 		}
 	}
+	// The sidecar, which has a uid of its own, binds host ports here too; nobody can take away another's.
+	if err := os.Chmod(e.dir, os.ModeSticky|0o777); err != nil {
+		return nil, fmt.Errorf("open folder of the enclave: %w", err)
+	}
 	return e, nil
 }
 
