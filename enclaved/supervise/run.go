@@ -16,6 +16,7 @@ import (
 
 	"cloister.dev/cloister/enclaved/gateway"
 	"cloister.dev/cloister/enclaved/image"
+	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/internal/channel"
 )
@@ -35,7 +36,7 @@ const (
 var errStopped = errors.New("the workload was stopped before it had been started")
 
 // Run implements channel.EnclaveServer.
-func (e *Enclave) Run(_ *channel.RunRequest, stream channel.Enclave_RunServer) error {
+func (e *Enclave) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) error {
 	e.mu.Lock()
 	configured, running := e.manifest != nil, e.running
 	e.running = e.running || configured
@@ -46,6 +47,11 @@ func (e *Enclave) Run(_ *channel.RunRequest, stream channel.Enclave_RunServer) e
 	if running {
 		return status.Error(codes.FailedPrecondition, "the enclave has run its workload already")
 	}
+	endpoints := e.manifest.Endpoints()
+	if len(endpoints) > 0 && r.GetEgressPort() == 0 {
+		return status.Error(codes.InvalidArgument, "the manifest has egress, and the sidecar's port for it is missing")
+	}
+	e.relay = relay.New(e.secret, e.cfg.Guest, r.GetEgressPort(), endpoints)
 	exited := e.run(stream.Context(), &events{stream: stream})
 	slog.Info("the workload has ended", "code", exited.GetCode(), "message", exited.GetMessage())
 	return stream.Send(&channel.RunEvent{Event: &channel.RunEvent_Exited{Exited: exited}})
@@ -85,6 +91,11 @@ func failed(err error) *channel.Exited {
 
 // run is the life of the workload, from fetching its image to its exit.
 func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
+	defer func() {
+		if e.outlets != nil {
+			e.outlets.Close()
+		}
+	}()
 	p, pipes, err := e.start(ctx, out)
 	if err != nil {
 		close(e.ended)
@@ -134,6 +145,14 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	out.progress("starting the workload", "")
 	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory)
 	if err != nil {
+		return nil, nil, err
+	}
+	hosts, err := relay.Hosts(e.manifest.Egress)
+	if err != nil {
+		return nil, nil, err
+	}
+	spec.Hosts = relay.Lines(hosts)
+	if e.outlets, err = e.relay.Listen(hosts); err != nil {
 		return nil, nil, err
 	}
 	g, err := gateway.New(gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault})

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -67,7 +68,7 @@ func newRoot(s *Spec) error {
 	if err := kernelMounts(); err != nil {
 		return err
 	}
-	if err := writeFiles(); err != nil {
+	if err := writeFiles(s.Hosts); err != nil {
 		return err
 	}
 	if err := userMounts(s); err != nil {
@@ -219,15 +220,15 @@ func kernelMounts() error {
 	return nil
 }
 
-// files are what a container runtime puts over the image's own. There is no name service: what the
-// manifest allows to be reached is in /etc/hosts, and nothing is yet.
-var files = map[string]string{
-	"/etc/hostname":    hostname + "\n",
-	"/etc/hosts":       "127.0.0.1\tlocalhost " + hostname + "\n::1\tlocalhost ip6-localhost ip6-loopback\n",
-	"/etc/resolv.conf": "",
-}
-
-func writeFiles() error {
+// writeFiles writes what a container runtime puts over the image's own. There is no name service: what
+// the manifest allows to be reached is in /etc/hosts.
+func writeFiles(hosts []string) error {
+	lines := append([]string{"127.0.0.1\tlocalhost " + hostname, "::1\tlocalhost ip6-localhost ip6-loopback"}, hosts...)
+	files := map[string]string{
+		"/etc/hostname":    hostname + "\n",
+		"/etc/hosts":       strings.Join(lines, "\n") + "\n",
+		"/etc/resolv.conf": "",
+	}
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
 		return fmt.Errorf("make /etc: %w", err)
 	}

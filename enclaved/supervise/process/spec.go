@@ -40,6 +40,8 @@ type Spec struct {
 	Binds []Bind `json:"binds,omitempty"`
 	// NoNetwork gives the command a network of its own, without any device that is up.
 	NoNetwork bool `json:"noNetwork,omitempty"`
+	// Hosts are lines of /etc/hosts besides the enclave's own.
+	Hosts []string `json:"hosts"`
 	// StopSignal asks the workload to end.
 	StopSignal unix.Signal `json:"stopSignal"`
 
