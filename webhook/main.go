@@ -31,14 +31,15 @@ import (
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
+	"cloister.dev/cloister/internal/certs"
 	"cloister.dev/cloister/webhook/admit"
-	"cloister.dev/cloister/webhook/certs"
 	"cloister.dev/cloister/webhook/inject"
 )
 
 // Names in manifests/base.
 const (
 	service       = "cloister-webhook"
+	secret        = "cloister-webhook-ca"
 	configuration = "00-cloister"
 	admitPath     = "/inject"
 )
@@ -100,7 +101,7 @@ func run(ctx context.Context, log *slog.Logger, options inject.Options, namespac
 		return fmt.Errorf("make client: %w", err)
 	}
 	source := &certs.Source{
-		Client: kube, Namespace: namespace, Service: service, Configuration: configuration, Log: log, Now: time.Now,
+		Client: kube, Namespace: namespace, Secret: secret, Service: service, Target: certs.MutatingWebhook(configuration), Log: log, Now: time.Now,
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(

@@ -11,8 +11,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"cloister.dev/cloister/internal/certs"
 	"cloister.dev/cloister/webhook/admit"
-	"cloister.dev/cloister/webhook/certs"
 	"cloister.dev/cloister/webhook/inject"
 )
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"log/slog"
 	"net"
@@ -14,12 +15,15 @@ import (
 	admissionregv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 )
+
+const secretName = "cloister-webhook-ca"
 
 // cluster is an API server, a clock, and replicas that share them.
 type cluster struct {
@@ -48,7 +52,7 @@ func configuration() *admissionregv1.MutatingWebhookConfiguration {
 
 func (c *cluster) replica() *Source {
 	return &Source{
-		Client: c.client, Namespace: "cloister-system", Service: "cloister-webhook", Configuration: "00-cloister",
+		Client: c.client, Namespace: "cloister-system", Secret: secretName, Service: "cloister-webhook", Target: MutatingWebhook("00-cloister"),
 		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return c.now },
 	}
 }
@@ -244,7 +248,7 @@ func TestSecretDeleted(t *testing.T) {
 	s := c.replica()
 	c.sync(t, s)
 	old := s.issuer
-	if err := c.client.Delete(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: SecretName}}); err != nil {
+	if err := c.client.Delete(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: secretName}}); err != nil {
 		t.Fatal(err)
 	}
 	c.sync(t, s)
@@ -258,7 +262,7 @@ func TestSecretDeleted(t *testing.T) {
 
 func TestBrokenSecret(t *testing.T) {
 	c := newCluster(t, configuration(), &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: SecretName},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: secretName},
 		Data:       map[string][]byte{keyCert: []byte("x"), keyKey: []byte("y")},
 	})
 	s := c.replica()
@@ -282,5 +286,41 @@ func TestOutage(t *testing.T) {
 	}
 	if err := s.Ready(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestAPIService: the same for an aggregated API, and whoever watches learns of each certificate.
+func TestAPIService(t *testing.T) {
+	service := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
+		"metadata": map[string]any{"name": "v1beta2.custom.metrics.k8s.io"},
+		"spec":     map[string]any{"group": "custom.metrics.k8s.io"},
+	}}
+	c := newCluster(t, service)
+	s := c.replica()
+	s.Target = APIService("v1beta2.custom.metrics.k8s.io")
+	issued := make(chan struct{}, 10)
+	s.OnIssue(func() { issued <- struct{}{} })
+	c.sync(t, s, s)
+	<-issued
+	if err := c.client.Get(t.Context(), types.NamespacedName{Name: service.GetName()}, service); err != nil {
+		t.Fatal(err)
+	}
+	text, _, err := unstructured.NestedString(service.Object, "spec", "caBundle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.admit(t, s, bundle); err != nil {
+		t.Error(err)
+	}
+	c.now = c.now.Add(20 * time.Hour)
+	c.sync(t, s)
+	<-issued
+	if len(issued) > 0 {
+		t.Error("more was reported than issued")
 	}
 }

@@ -1,7 +1,7 @@
-// Package certs gives the webhook its serving certificate. The certificate and its key live in memory
-// only. They are issued by a CA of our own, which lies in a Secret that all replicas share, and which the
-// MutatingWebhookConfiguration names as caBundle. During a rotation of the CA the bundle holds the old
-// and the new one, so that no admission is refused.
+// Package certs gives a server that API servers call its serving certificate. The certificate and its key
+// live in memory only. They are issued by a CA of our own, which lies in a Secret that all replicas share,
+// and which the object that registers the server (Target) names as caBundle. During a rotation of the CA
+// the bundle holds the old and the new one, so that no call is refused.
 package certs
 
 import (
@@ -24,16 +24,13 @@ import (
 	"sync"
 	"time"
 
-	admissionregv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
-
-// SecretName is the Secret that holds the CA.
-const SecretName = "cloister-webhook-ca"
 
 // Keys of the Secret.
 const (
@@ -50,25 +47,28 @@ const (
 	// skew is how far the clocks of the machines may differ.
 	skew = 10 * time.Minute
 	// settle is how long a new CA must have been in the caBundle before its certificates are served: API
-	// servers learn of a changed webhook configuration by watching it.
+	// servers learn of a changed registration by watching it.
 	settle = time.Minute
 )
 
 // Source issues the serving certificate and keeps the caBundle in step.
 type Source struct {
-	// Client reads and writes without a cache: the Secret and the webhook configuration only.
+	// Client reads and writes without a cache: the Secret and the target only.
 	Client client.Client
 	// Namespace of the Secret and of the Service.
 	Namespace string
-	// Service is the name of the Service in front of the webhook.
+	// Secret is the name of the Secret that holds the CA.
+	Secret string
+	// Service is the name of the Service in front of the server.
 	Service string
-	// Configuration is the name of the MutatingWebhookConfiguration.
-	Configuration string
-	Log           *slog.Logger
+	// Target is where API servers read which CA to believe.
+	Target Target
+	Log    *slog.Logger
 	// Now is time.Now, but in tests.
 	Now func() time.Time
 
 	mu      sync.RWMutex
+	issued  []func()
 	serving *tls.Certificate // issued by issuer
 	issuer  *x509.Certificate
 	ready   error // why the certificate must not be served; nil when it may
@@ -95,6 +95,13 @@ func (s *Source) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) 
 		return nil, errNotSynced
 	}
 	return s.serving, nil
+}
+
+// OnIssue calls f after every new serving certificate.
+func (s *Source) OnIssue(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.issued = append(s.issued, f)
 }
 
 // Ready returns nil when API servers can verify the certificate that is served: it is valid and the
@@ -156,7 +163,7 @@ func (s *Source) Sync(ctx context.Context) error {
 		return err
 	}
 	if !contains(published, ca.cert) {
-		err := fmt.Errorf("the caBundle of %s lacks the certificate authority", s.Configuration)
+		err := fmt.Errorf("the caBundle of %s lacks the certificate authority", s.Target)
 		s.setReady(err)
 		return err
 	}
@@ -182,6 +189,9 @@ func (s *Source) Sync(ctx context.Context) error {
 	}
 	s.serving, s.issuer = serving, ca.cert
 	s.Log.Info("serving certificate issued", "notAfter", serving.Leaf.NotAfter)
+	for _, f := range s.issued {
+		go f() // it may ask for the certificate
+	}
 	return nil
 }
 
@@ -206,16 +216,16 @@ func contains(list []*x509.Certificate, c *x509.Certificate) bool {
 // authority reads the CA from the Secret. It makes the Secret if there is none, and replaces a CA that is
 // in the last third of its life; whoever comes second reads what the first has written.
 func (s *Source) authority(ctx context.Context) (*authority, error) {
-	key := types.NamespacedName{Namespace: s.Namespace, Name: SecretName}
+	key := types.NamespacedName{Namespace: s.Namespace, Name: s.Secret}
 	var secret corev1.Secret
 	err := s.Client.Get(ctx, key, &secret)
 	if apierrors.IsNotFound(err) {
-		ca, err := newAuthority(s.Now(), nil)
+		ca, err := newAuthority(s.Service, s.Now(), nil)
 		if err != nil {
 			return nil, err
 		}
 		secret = corev1.Secret{
-			ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: SecretName},
+			ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Secret},
 			Type:       corev1.SecretTypeTLS,
 		}
 		if secret.Data, err = ca.data(); err != nil {
@@ -224,26 +234,26 @@ func (s *Source) authority(ctx context.Context) (*authority, error) {
 		switch err := s.Client.Create(ctx, &secret); {
 		case apierrors.IsAlreadyExists(err):
 			if err := s.Client.Get(ctx, key, &secret); err != nil {
-				return nil, fmt.Errorf("read secret %s: %w", SecretName, err)
+				return nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
 			}
 		case err != nil:
-			return nil, fmt.Errorf("create secret %s: %w", SecretName, err)
+			return nil, fmt.Errorf("create secret %s: %w", s.Secret, err)
 		default:
 			s.Log.Info("certificate authority made", "notAfter", ca.cert.NotAfter)
 			return ca, nil
 		}
 	} else if err != nil {
-		return nil, fmt.Errorf("read secret %s: %w", SecretName, err)
+		return nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
 	}
 
 	ca, err := parseAuthority(secret.Data, s.Now())
 	if err != nil {
-		return nil, fmt.Errorf("read secret %s: %w; delete it, and a new one is made", SecretName, err)
+		return nil, fmt.Errorf("read secret %s: %w; delete it, and a new one is made", s.Secret, err)
 	}
 	if s.Now().Before(renewAt(ca.cert)) {
 		return ca, nil
 	}
-	next, err := newAuthority(s.Now(), ca.bundle)
+	next, err := newAuthority(s.Service, s.Now(), ca.bundle)
 	if err != nil {
 		return nil, err
 	}
@@ -253,38 +263,43 @@ func (s *Source) authority(ctx context.Context) (*authority, error) {
 	// The resource version in it makes a second replica's update a conflict.
 	if err := s.Client.Update(ctx, &secret); err != nil {
 		// After a conflict the old bundle must not be published: the next step reads the new one.
-		return nil, fmt.Errorf("rotate secret %s: %w", SecretName, err)
+		return nil, fmt.Errorf("rotate secret %s: %w", s.Secret, err)
 	}
 	s.Log.Info("certificate authority rotated", "notAfter", next.cert.NotAfter)
 	return next, nil
 }
 
-// publish writes the bundle into the webhook configuration where it differs, and returns what all of the
-// configuration's webhooks hold now.
+// publish writes the bundle into the target where it differs, and returns what all of its places hold
+// now.
 func (s *Source) publish(ctx context.Context, bundle []*x509.Certificate) ([]*x509.Certificate, error) {
-	var config admissionregv1.MutatingWebhookConfiguration
-	if err := s.Client.Get(ctx, types.NamespacedName{Name: s.Configuration}, &config); err != nil {
-		return nil, fmt.Errorf("read webhook configuration %s: %w", s.Configuration, err)
+	var object unstructured.Unstructured
+	object.SetGroupVersionKind(s.Target.kind)
+	if err := s.Client.Get(ctx, types.NamespacedName{Name: s.Target.name}, &object); err != nil {
+		return nil, fmt.Errorf("read %s: %w", s.Target, err)
 	}
-	want := encodeCerts(bundle)
+	fields, err := s.Target.fields(object.Object)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", s.Target, err)
+	}
+	if len(fields) == 0 {
+		return nil, fmt.Errorf("%s has no place for a caBundle: apply the manifests again", s.Target)
+	}
+	want := base64.StdEncoding.EncodeToString(encodeCerts(bundle))
 	// The test of the version makes a concurrent change an error, and the next step tries again.
-	ops := fmt.Appendf(nil, `[{"op":"test","path":"/metadata/resourceVersion","value":%q}`, config.ResourceVersion)
+	ops := fmt.Appendf(nil, `[{"op":"test","path":"/metadata/resourceVersion","value":%q}`, object.GetResourceVersion())
 	changed := false
-	for i := range config.Webhooks {
-		if !bytes.Equal(config.Webhooks[i].ClientConfig.CABundle, want) {
+	for _, f := range fields {
+		if f.value != want {
 			changed = true
-			ops = fmt.Appendf(ops, `,{"op":"add","path":"/webhooks/%d/clientConfig/caBundle","value":%q}`, i, base64.StdEncoding.EncodeToString(want))
+			ops = fmt.Appendf(ops, `,{"op":"add","path":%q,"value":%q}`, f.pointer, want)
 		}
-	}
-	if len(config.Webhooks) == 0 {
-		return nil, fmt.Errorf("webhook configuration %s has no webhooks: apply the manifests again", s.Configuration)
 	}
 	if !changed {
 		return bundle, nil
 	}
 	ops = append(ops, ']')
-	if err := s.Client.Patch(ctx, &config, client.RawPatch(types.JSONPatchType, ops)); err != nil {
-		return nil, fmt.Errorf("write caBundle of %s: %w", s.Configuration, err)
+	if err := s.Client.Patch(ctx, &object, client.RawPatch(types.JSONPatchType, ops)); err != nil {
+		return nil, fmt.Errorf("write caBundle of %s: %w", s.Target, err)
 	}
 	s.Log.Info("caBundle written", "certificates", len(bundle))
 	return bundle, nil
@@ -312,14 +327,14 @@ func (s *Source) issue(ca *authority) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
-// newAuthority makes a CA. The bundle keeps the older ones.
-func newAuthority(now time.Time, older []*x509.Certificate) (*authority, error) {
+// newAuthority makes the CA of a Service. The bundle keeps the older ones.
+func newAuthority(service string, now time.Time, older []*x509.Certificate) (*authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("generate key of the certificate authority: %w", err)
 	}
 	template := &x509.Certificate{
-		Subject:               pkix.Name{CommonName: "cloister webhook"},
+		Subject:               pkix.Name{CommonName: service},
 		NotBefore:             now.Add(-skew),
 		NotAfter:              now.Add(caLifetime),
 		KeyUsage:              x509.KeyUsageCertSign,
