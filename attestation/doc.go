@@ -7,6 +7,7 @@
 // Verifier does the same inside a TLS 1.3 handshake (RA-TLS): the server's self-signed certificate
 // carries a document that names the certificate's own key, so that the connection that carries the
 // data ends in the attested enclave. Its ClientConfig fits net/http, gRPC and crypto/tls.
+// ClientVerifier is its counterpart for a server whose clients are enclaves.
 //
 // Every refusal is an *Error that names the rule that failed; a measurement that differs is also a
 // *workload.MismatchError with the registers, expected and seen.
