@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"cloister.dev/cloister/enclaved/plugin"
 	"cloister.dev/cloister/enclaved/supervise"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/internal/channel"
@@ -25,6 +26,7 @@ const dialTimeout = 20 * time.Second
 
 func main() {
 	process.Helper()
+	plugin.Main()
 	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)).With("component", "enclaved"))
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "enclaved is the init of an enclave and runs nowhere else: initboot starts it")

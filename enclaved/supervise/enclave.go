@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/enclaved/gateway"
+	"cloister.dev/cloister/enclaved/plugin"
 	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/enclaved/usage"
@@ -51,8 +52,9 @@ type Enclave struct {
 	ports    *channel.HostPorts
 	vault    *vault.Vault
 	running  bool         // Run was called
-	relay    *relay.Relay // set by Run, as the next
+	relay    *relay.Relay // set by Run, as the two below
 	outlets  *relay.Listeners
+	plugins  *plugin.Set
 	process  *process.Process
 	gateway  *gateway.Gateway
 	killed   string // why the workload was killed, one sentence

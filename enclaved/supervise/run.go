@@ -96,6 +96,12 @@ func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
 			e.outlets.Close()
 		}
 	}()
+	// After the gateway, which asks them.
+	defer func() {
+		if e.plugins != nil {
+			e.plugins.Close()
+		}
+	}()
 	p, pipes, err := e.start(ctx, out)
 	if err != nil {
 		close(e.ended)
@@ -134,12 +140,13 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	fetch, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(e.stopping, func() { cancel(errStopped) })()
-	f := image.NewFetcher(func(ctx context.Context) (net.Conn, error) {
-		return e.secret.Dial(ctx, e.ports.GetContent(), e.cfg.Guest.Dial)
-	}, out.progress)
+	f := image.NewFetcher(e.dialContent, out.progress)
 	config, err := f.Image(fetch, e.manifest.Image, root, scratch, e.cfg.Memory)
 	f.Close()
 	if err != nil {
+		return nil, nil, err
+	}
+	if e.plugins, err = e.startPlugins(fetch, out.progress); err != nil {
 		return nil, nil, err
 	}
 	out.progress("starting the workload", "")
@@ -155,7 +162,11 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if e.outlets, err = e.relay.Listen(hosts); err != nil {
 		return nil, nil, err
 	}
-	g, err := gateway.New(gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault})
+	served := gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault}
+	if e.plugins != nil {
+		served.Authorize, served.Reserved = e.plugins.Authorize, e.plugins.Headers()
+	}
+	g, err := gateway.New(served)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -179,6 +190,11 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	}
 	e.process, e.gateway = p, g
 	return p, pipes, nil
+}
+
+// dialContent connects to the host's content server.
+func (e *Enclave) dialContent(ctx context.Context) (net.Conn, error) {
+	return e.secret.Dial(ctx, e.ports.GetContent(), e.cfg.Guest.Dial)
 }
 
 // listen accepts from this enclave's own sidecar on the vsock port that is called as the workload's.

@@ -106,18 +106,18 @@ func (p *Plugin) validate(c jwt.Claims) error {
 	if c.Expiry == nil {
 		return invalid("the token never expires")
 	}
-	err := c.ValidateWithLeeway(jwt.Expected{Issuer: p.config.Issuer, AnyAudience: jwt.Audience{p.config.Audience}, Time: p.now()}, skew)
+	err := c.ValidateWithLeeway(jwt.Expected{Issuer: p.config.Issuer, Time: p.now()}, skew)
 	switch {
-	case err == nil:
+	case err == nil && c.Audience.Contains(p.config.Audience):
 		return nil
+	case err == nil: // last: the others mean that this is no token to be authorized by at all
+		return &refusal{403, "insufficient_scope", "the token is for another audience"}
 	case errors.Is(err, jwt.ErrInvalidIssuer):
 		return invalid("the token is of another issuer")
 	case errors.Is(err, jwt.ErrExpired):
 		return invalid("the token has expired")
 	case errors.Is(err, jwt.ErrNotValidYet), errors.Is(err, jwt.ErrIssuedInTheFuture):
 		return invalid("the token is not valid yet")
-	case errors.Is(err, jwt.ErrInvalidAudience):
-		return &refusal{403, "insufficient_scope", "the token is for another audience"}
 	}
 	return invalid("the token's claims are not valid")
 }
