@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +38,31 @@ func addToLoopback(a netip.Addr) error {
 	if errno != 0 && errno != unix.EEXIST {
 		return errno
 	}
-	return nil
+	return awaitAddress(a)
+}
+
+// An address works at once, or after a moment if it is of IPv6 (addrconf_dad_work, net/ipv6/addrconf.c).
+const (
+	addressTimeout = 5 * time.Second
+	addressPause   = 5 * time.Millisecond
+)
+
+// awaitAddress returns when a connection to the address arrives.
+func awaitAddress(a netip.Addr) error {
+	l, err := net.Listen("tcp", netip.AddrPortFrom(a, 0).String())
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	for end := time.Now().Add(addressTimeout); ; time.Sleep(addressPause) {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 10*addressPause)
+		if err == nil {
+			return c.Close()
+		}
+		if time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // newAddress is the request: struct nlmsghdr, struct ifaddrmsg and the attributes IFA_LOCAL and
