@@ -28,6 +28,7 @@ func full() *Manifest {
 			Readiness: &Probe{HTTP: &HTTPProbe{Port: 80, Path: "/ready", Scheme: "HTTPS", Headers: []EnvVar{{"Host", "a"}}}},
 		},
 		Mounts: []Mount{{Path: "/tmp", Kind: MountTmpfs, SizeLimit: 1 << 20, ReadOnly: true}},
+		Egress: []string{"10.0.0.1:80", "[2001:db8::1]:443", "example.org:443"},
 	}
 }
 
@@ -133,6 +134,9 @@ func TestValidate(t *testing.T) {
 		"probe path":          {func(m *Manifest) { m.Probes.Readiness.HTTP.Path = "/" }, "path"},
 		"mount over root":     {func(m *Manifest) { m.Mounts[0].Path = "/" }, "mount path"},
 		"mount climbs":        {func(m *Manifest) { m.Mounts[0].Path = "/a/../b" }, "mount path"},
+		"egress":              {func(m *Manifest) { m.Egress[2] = "https://example.org" }, "egress \"https://example.org\": write host:port"},
+		"egress order":        {func(m *Manifest) { m.Egress[0] = "z:1" }, "ascending order"},
+		"egress twice":        {func(m *Manifest) { m.Egress[1] = m.Egress[0] }, "without duplicates"},
 		"mount kind":          {func(m *Manifest) { m.Mounts[0].Kind = "hostPath" }, "kind"},
 	} {
 		t.Run(name, func(t *testing.T) {
