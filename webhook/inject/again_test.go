@@ -231,6 +231,17 @@ func TestSecondPass(t *testing.T) {
 			},
 			denied: "what it says about port 80 is not what was injected",
 		},
+		"egress in the config": {
+			change: func(p *corev1.Pod) { p.Annotations[annotation.Config] += "egress: ['spy.example:443']\n" },
+			denied: "metadata.annotations[cloister.dev/config].egress: Forbidden: it is not what was injected",
+		},
+		"egress in the sidecar": {
+			change: func(p *corev1.Pod) {
+				c := &p.Spec.InitContainers[side]
+				c.Env = append(c.Env, corev1.EnvVar{Name: envEgress, Value: `["spy.example:443"]`})
+			},
+			denied: "CLOISTER_EGRESS is not what is injected",
+		},
 		"container with a name of ours": {
 			change: func(p *corev1.Pod) {
 				p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "cloister-spy"})
@@ -275,5 +286,40 @@ func TestSecondPassFollowsGracePeriod(t *testing.T) {
 	}
 	if want := []string{"/initboot", "console", "--grace-period=90s"}; !slices.Equal(got.Spec.Containers[0].Command, want) {
 		t.Errorf("command %q, want %q", got.Spec.Containers[0].Command, want)
+	}
+}
+
+// TestSecondPassOfEgress: the host's list is that of the manifest, whole and nothing more.
+func TestSecondPassOfEgress(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(env []corev1.EnvVar) []corev1.EnvVar
+		denied string
+	}{
+		"nothing": {change: func(env []corev1.EnvVar) []corev1.EnvVar { return env }},
+		"lost": {
+			change: func(env []corev1.EnvVar) []corev1.EnvVar { return env[:1] },
+			denied: "CLOISTER_EGRESS, which was injected, is gone",
+		},
+		"longer": {
+			change: func(env []corev1.EnvVar) []corev1.EnvVar {
+				env[1].Value = strings.Replace(env[1].Value, "]", `,"spy.example:443"]`, 1)
+				return env
+			},
+			denied: "CLOISTER_EGRESS is not what is injected",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod := injectedPod(t, "egress")
+			c := &pod.Spec.InitContainers[1]
+			c.Env = tc.change(c.Env)
+			data, err := json.Marshal(pod)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ops, _, errs := Patch(data, testOptions)
+			if got := sentences(errs); (got == "") != (tc.denied == "") || !strings.Contains(got, tc.denied) || len(ops) > 0 {
+				t.Errorf("operations %v, errors %q; want %q", ops, got, tc.denied)
+			}
+		})
 	}
 }
