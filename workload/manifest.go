@@ -44,6 +44,8 @@ type Manifest struct {
 	Egress []string `json:"egress,omitempty"`
 	// Plugins are in the author's order.
 	Plugins []Plugin `json:"plugins,omitempty"`
+	// Logs is LogsOTLP, or empty for the console.
+	Logs string `json:"logs,omitempty"`
 }
 
 // Image pins the workload's image.

@@ -74,6 +74,11 @@ type PluginConfig interface {
 // builtins are the built-in plugins by type and name, with an empty config of each.
 var builtins = map[string]map[string]func() PluginConfig{
 	PluginAuthentication: {"oidc": func() PluginConfig { return &OIDC{} }},
+	PluginLogging: {
+		"otlp":   func() PluginConfig { return &LoggingOTLP{} },
+		"stdout": func() PluginConfig { return &LoggingStdout{} },
+	},
+	PluginTelemetry: {"otlp": func() PluginConfig { return &TelemetryOTLP{} }},
 }
 
 // Builtins returns the names of the built-in plugins of a type, in ascending order.

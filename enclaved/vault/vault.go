@@ -64,6 +64,10 @@ type Vault struct {
 	certificate atomic.Pointer[tls.Certificate]
 	waiting     chan struct{}
 
+	clientMu sync.Mutex // one ClientCertificate at a time
+	client   *tls.Certificate
+	clientAt time.Time // when client was made
+
 	stop    context.CancelFunc
 	stopped context.Context
 	renewal sync.WaitGroup
@@ -155,17 +159,25 @@ func (v *Vault) seed(ctx context.Context) {
 
 // renew replaces the certificate by one with a new document, for the same key.
 func (v *Vault) renew(ctx context.Context) error {
-	document, err := v.module.Attest(ctx, []byte(attestation.UserDataServer), nil, v.publicKey)
+	c, err := v.attest(ctx, attestation.UserDataServer)
+	if err == nil {
+		v.certificate.Store(c)
+	}
+	return err
+}
+
+// attest returns a certificate for the attested key with a new document for one use.
+func (v *Vault) attest(ctx context.Context, userData string) (*tls.Certificate, error) {
+	document, err := v.module.Attest(ctx, []byte(userData), nil, v.publicKey)
 	if err != nil {
-		return fmt.Errorf("attest key: %w", err)
+		return nil, fmt.Errorf("attest key: %w", err)
 	}
 	now := time.Now()
 	der, err := attestation.NewCertificate(v.key, document, now.Add(-clockSkew), now.Add(certificateLife))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	v.certificate.Store(&tls.Certificate{Certificate: [][]byte{der}, PrivateKey: v.key})
-	return nil
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: v.key}, nil
 }
 
 // keepYoung renews the certificate until Close. A certificate that cannot be renewed stays in use: its
@@ -199,6 +211,32 @@ func (v *Vault) Certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		return c, nil
 	}
 	return nil, ErrNotMeasured
+}
+
+// ClientCertificate returns the certificate with which the enclave connects to others, for
+// tls.Config.GetClientCertificate. It is made when it is asked for and kept for 5 minutes; one that
+// cannot be replaced stays in use, since the server sees the document's age itself.
+func (v *Vault) ClientCertificate(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	if v.certificate.Load() == nil {
+		return nil, ErrNotMeasured
+	}
+	v.clientMu.Lock()
+	defer v.clientMu.Unlock()
+	if v.client != nil && time.Since(v.clientAt) < renewEvery {
+		return v.client, nil
+	}
+	ctx, cancel := context.WithTimeout(v.stopped, renewTimeout)
+	defer cancel()
+	c, err := v.attest(ctx, attestation.UserDataClient)
+	switch {
+	case err == nil:
+		v.client, v.clientAt = c, time.Now()
+	case v.client == nil:
+		return nil, err
+	default:
+		slog.Warn("renew attested client certificate", "error", err)
+	}
+	return v.client, nil
 }
 
 // FreshDocument returns a new attestation document with nonce (at most nsm.MaxData bytes), without user

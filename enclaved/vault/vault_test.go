@@ -3,6 +3,7 @@ package vault_test
 import (
 	"bytes"
 	"crypto/ecdsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -78,6 +79,26 @@ func TestMeasure(t *testing.T) {
 		t.Fatal(err)
 	}
 	options.UserData, options.PublicKey = []byte("cloister/1 tls-server"), parsed.RawSubjectPublicKeyInfo
+	if _, err := attestation.Verify(inside, options); err != nil {
+		t.Error(err)
+	}
+
+	// A certificate for the other direction, of the same key.
+	client, err := v.ClientCertificate(&tls.CertificateRequestInfo{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := v.ClientCertificate(&tls.CertificateRequestInfo{}); err != nil || again != client {
+		t.Errorf("a young client certificate was made again (%v)", err)
+	}
+	own, err := x509.ParseCertificate(client.Certificate[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if inside, err = attestation.DocumentFromCertificate(own); err != nil {
+		t.Fatal(err)
+	}
+	options.UserData = []byte("cloister/1 tls-client")
 	if _, err := attestation.Verify(inside, options); err != nil {
 		t.Error(err)
 	}

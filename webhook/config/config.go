@@ -42,6 +42,8 @@ type EnclaveConfig struct {
 	Egress []string
 	// Plugins are in the author's order.
 	Plugins []Plugin
+	// Logs is workload.LogsOTLP, or empty for the console.
+	Logs string
 }
 
 // Port says how one containerPort is served. It has either a number or a name.
@@ -56,7 +58,7 @@ type Port struct {
 
 // notBuilt are the fields of the design that this version refuses.
 var notBuilt = []string{
-	"debug", "eif", "hostEnv", "hostFiles", "kms", "logs", "nsm", "secrets",
+	"debug", "eif", "hostEnv", "hostFiles", "kms", "nsm", "secrets",
 	"serviceAccountToken", "tls",
 }
 
@@ -98,10 +100,12 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			c.Egress = r.egress(p, raw)
 		case key == "plugins":
 			c.Plugins = r.plugins(p, raw)
+		case key == "logs":
+			c.Logs = r.logs(p, raw)
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "plugins"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "logs", "plugins"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}
@@ -194,6 +198,22 @@ func (r *reader) ports(p *field.Path, raw json.RawMessage) []Port {
 		out = append(out, port)
 	}
 	return out
+}
+
+// logs reads "stdout" (the console, the default, which is left out) or "otlp".
+func (r *reader) logs(p *field.Path, raw json.RawMessage) string {
+	var logs string
+	if !r.value(p, raw, &logs, "stdout or otlp") {
+		return ""
+	}
+	switch logs {
+	case "stdout":
+		return ""
+	case workload.LogsOTLP:
+	default:
+		r.errs = append(r.errs, field.NotSupported(p, logs, []string{"stdout", workload.LogsOTLP}))
+	}
+	return logs
 }
 
 // egress reads a list of host:port in any order and case.

@@ -10,6 +10,9 @@ import (
 // most 120 characters each. Everything else is sealed from the host by the enclave.
 func HostAccess(m *workload.Manifest) []string {
 	out := []string{"the host can read: stdout and stderr of the workload, its exit code and the results of its probes"}
+	if m.Logs == workload.LogsOTLP {
+		out[0] = "the host can read: the workload's exit code and the results of its probes (logs: otlp)"
+	}
 	for _, p := range m.Ports {
 		if p.Plaintext {
 			out = append(out, fmt.Sprintf("the host can read and change: everything on port %d (plaintext: true)", p.Port))
@@ -20,8 +23,11 @@ func HostAccess(m *workload.Manifest) []string {
 			"the host can read: names, sizes and times of connections to egress",
 			"the host can read and change: what the workload sends to egress without encryption of its own")
 	}
-	if len(m.Plugins) > 0 {
+	if m.Plugin(workload.PluginAuthentication) != nil {
 		out = append(out, "the host can read: stdout and stderr of plugins")
+	}
+	if m.Plugin(workload.PluginLogging) != nil || m.Plugin(workload.PluginTelemetry) != nil {
+		out = append(out, "the host can change: the name, namespace and uid of the pod that logs and telemetry carry")
 	}
 	return out
 }

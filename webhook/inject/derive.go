@@ -88,6 +88,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	m.Mounts = p.mounts(cp, spec, c)
 	m.Egress = p.egress(m, d.config)
 	m.Plugins, d.pluginImages = plugins(d.config, m.Image.Platform)
+	m.Logs = d.config.Logs
 	p.rest(cp, c)
 	if low := lowestPort(m); low < 1024 {
 		p.checkPortStart(spec, low)
