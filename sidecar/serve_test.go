@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 )
 
@@ -66,6 +67,8 @@ type pod struct {
 	state   *podsock.EnclaveState
 	stats   *channel.StatsResponse // nil: there is no run
 	changed chan struct{}
+	// registered are the calls of Register.
+	registered []*podsock.RegisterRequest
 }
 
 func newPod(t *testing.T, dir string) *pod {
@@ -98,6 +101,20 @@ func (p *pod) set(s *podsock.EnclaveState) {
 	p.state = s
 	close(p.changed)
 	p.changed = make(chan struct{})
+}
+
+// Register adds the ports to the state, as initboot does.
+func (p *pod) Register(_ context.Context, r *podsock.RegisterRequest) (*podsock.RegisterResponse, error) {
+	p.mu.Lock()
+	s := proto.CloneOf(p.state)
+	p.registered = append(p.registered, r)
+	p.mu.Unlock()
+	if s.GetGeneration() != r.GetGeneration() {
+		return nil, status.Error(codes.FailedPrecondition, "another generation")
+	}
+	s.EgressPort = r.GetEgressPort()
+	p.set(s)
+	return &podsock.RegisterResponse{}, nil
 }
 
 func (p *pod) Watch(_ *podsock.WatchRequest, stream grpc.ServerStreamingServer[podsock.EnclaveState]) error {
@@ -213,13 +230,14 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-func start(t *testing.T) *running {
+func start(t *testing.T, egress ...string) *running {
 	t.Helper()
 	binary := envoyBinary(t)
 	dir := shortDir(t)
 	r := &running{port: freePort(t), pod: newPod(t, dir), log: &lockedBuffer{}, ended: make(chan error, 1)}
 	r.config = config{
 		ports:          []uint16{r.port},
+		egress:         egress,
 		podSocket:      r.pod.socket,
 		dir:            filepath.Join(dir, "run"),
 		envoyBinary:    binary,
@@ -230,6 +248,18 @@ func start(t *testing.T) *running {
 	if err := os.Mkdir(r.config.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(r.log.String())
+		}
+	})
+	r.serve(t)
+	return r
+}
+
+// serve runs the sidecar until stop or the end of the test.
+func (r *running) serve(t *testing.T) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	r.stop = cancel
 	done := make(chan struct{})
@@ -240,12 +270,8 @@ func start(t *testing.T) *running {
 	t.Cleanup(func() {
 		cancel()
 		<-done
-		if t.Failed() {
-			t.Log(r.log.String())
-		}
 	})
 	eventually(t, func() error { return probeStartup(envoy.AdminSocket(envoyDir(r.config.dir))) })
-	return r
 }
 
 // eventually waits until f returns nil.
