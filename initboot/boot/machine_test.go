@@ -402,6 +402,86 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// A workload with egress runs when the sidecar has said where it listens, in each generation anew.
+func TestRegister(t *testing.T) {
+	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { c.Workload.Egress = []string{"peer.example:443"} })
+	register := func(generation uint64, egress, credentials uint32) codes.Code {
+		t.Helper()
+		_, err := f.pod.Register(t.Context(), &podsock.RegisterRequest{Generation: generation, EgressPort: egress, CredentialsPort: credentials})
+		return status.Code(err)
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for generation := uint64(1); generation <= 2; generation++ {
+		wg.Go(func() { f.run(t.Context()) })
+		s := f.wait(func(s *podsock.EnclaveState) bool {
+			return s.GetGeneration() == generation && s.GetPhase() == booted && s.GetProgress().GetStep() == "wait for the sidecar"
+		})
+		if s.GetEgressPort() != 0 || s.GetCredentialsPort() != 0 {
+			t.Errorf("ports before registration: %v", s)
+		}
+		port := 70000 + uint32(generation)
+		for name, got := range map[string]codes.Code{
+			"former generation": register(generation-1, port, 0),
+			"next generation":   register(generation+1, port, 0),
+		} {
+			if got != codes.FailedPrecondition {
+				t.Errorf("%s: %v", name, got)
+			}
+		}
+		if got := register(generation, 443, 0); got != codes.InvalidArgument {
+			t.Errorf("a containerPort: %v", got)
+		}
+		if got := register(generation, port, 80001); got != codes.OK {
+			t.Fatal(got)
+		}
+		if got := register(generation, port, 80001); got != codes.OK {
+			t.Errorf("the same again: %v", got)
+		}
+		if got := register(generation, port+10, 80001); got != codes.FailedPrecondition {
+			t.Errorf("other ports: %v", got)
+		}
+		s = f.phase(generation, running)
+		if s.GetEgressPort() != port || s.GetCredentialsPort() != 80001 {
+			t.Errorf("state of the run: %v", s)
+		}
+		want := &channel.RunRequest{EgressPort: port, CredentialsPort: 80001}
+		if diff := cmp.Diff(want, f.driver.Last().Run(), protocmp.Transform()); diff != "" {
+			t.Errorf("request to run (-want +got):\n%s", diff)
+		}
+		if _, err := f.pod.Stop(t.Context(), &channel.StopRequest{}); err != nil {
+			t.Error(err)
+		}
+		f.phase(generation, ended)
+		if got := register(generation, port, 80001); got != codes.FailedPrecondition {
+			t.Errorf("after the end: %v", got)
+		}
+	}
+}
+
+// Stop does not wait for a sidecar that never comes.
+func TestStopWithoutSidecar(t *testing.T) {
+	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { c.Workload.Egress = []string{"peer.example:443"} })
+	f.phase(1, booted)
+	var events []*channel.RunEvent
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		events, _ = f.run(t.Context())
+	}()
+	for stop := true; stop; {
+		f.pod.Stop(t.Context(), &channel.StopRequest{})
+		select {
+		case <-done:
+			stop = false
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if len(events) != 1 || events[0].GetExited().GetCode() != exitStopped {
+		t.Errorf("events %v", events)
+	}
+}
+
 func TestStopBeforeBoot(t *testing.T) {
 	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { c.Invalid = errors.New("no such thing") })
 	var events []*channel.RunEvent

@@ -135,6 +135,7 @@ type Enclave struct {
 
 	mu         sync.Mutex
 	configured *channel.ConfigureRequest
+	run        *channel.RunRequest
 	stops      []*channel.StopRequest
 }
 
@@ -143,6 +144,13 @@ func (e *Enclave) Stops() []*channel.StopRequest {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return append([]*channel.StopRequest(nil), e.stops...)
+}
+
+// Run returns the request to Run, or nil before.
+func (e *Enclave) Run() *channel.RunRequest {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.run
 }
 
 func (e *Enclave) socket() string { return filepath.Join(e.dir, vsock.HybridName) }
@@ -242,7 +250,10 @@ func (s server) Configure(_ context.Context, r *channel.ConfigureRequest) (*chan
 	return &channel.ConfigureResponse{Document: doc}, err
 }
 
-func (s server) Run(_ *channel.RunRequest, stream channel.Enclave_RunServer) error {
+func (s server) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) error {
+	s.e.mu.Lock()
+	s.e.run = r
+	s.e.mu.Unlock()
 	exited := s.e.d.Workload(s.e.stopped, s.e, stream.Send)
 	if exited == nil {
 		return status.Error(codes.Internal, "the test's workload has no exit code")

@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -67,6 +68,19 @@ func main() {
 		wd, _ := os.Getwd()
 		if os.Getpid() == 1 || !strings.HasPrefix(string(comm), "/app\x00sleep") || wd != os.Args[2] || strconv.Itoa(os.Getuid()) != os.Args[3] || os.Getenv("NAME") != os.Args[4] {
 			os.Exit(9)
+		}
+	case "visit":
+		// Says something to each host and prints what it hears.
+		for _, address := range os.Args[2:] {
+			c, err := net.DialTimeout("tcp", address, 5*time.Second)
+			if err != nil {
+				fmt.Println(err)
+				continue
+			}
+			fmt.Fprint(c, "hello")
+			c.(*net.TCPConn).CloseWrite()
+			heard, err := io.ReadAll(c)
+			fmt.Printf("%s %v\n", heard, err)
 		}
 	case "serve":
 		l, err := net.Listen("tcp", "127.0.0.1:"+os.Args[2])
