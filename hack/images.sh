@@ -1,5 +1,5 @@
 #!/bin/bash
-# Usage: images.sh [initboot|sidecar|webhook|registry]... Builds our images, all or the named ones, and
+# Usage: images.sh [initboot|sidecar|webhook|controller|registry]... Builds our images, all or the named ones, and
 # loads those into the cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
 # one NAME_IMAGE=reference a line.
 set -euo pipefail
@@ -67,11 +67,15 @@ webhook() {
   binary webhook webhook
   image webhook "$OUT/webhook" -- --user 65532:65532 --add "$OUT/webhook:/webhook" --entrypoint '["/webhook"]'
 }
+controller() {
+  binary controller controller
+  image controller "$OUT/controller" -- --user 65532:65532 --add "$OUT/controller:/controller" --entrypoint '["/controller"]'
+}
 registry() {
   binary registry hack/registry
   image registry "$OUT/registry" -- --user 65532:65532 --add "$OUT/registry:/registry" --entrypoint '["/registry"]'
 }
 
 present=$(kind_node ctr -n k8s.io images ls -q)
-[ $# -gt 0 ] || set -- initboot sidecar webhook registry
+[ $# -gt 0 ] || set -- initboot sidecar webhook controller registry
 for name in "$@"; do $name; done

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs manifests/base with the images that hack/images.sh has built, and waits for the webhook.
+# Installs manifests/base with the images that hack/images.sh has built, and waits for all of it.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_cluster
@@ -15,6 +15,8 @@ resources:
 images:
   - name: cloister.dev/webhook
     newTag: ${WEBHOOK_IMAGE##*:}
+  - name: cloister.dev/controller
+    newTag: ${CONTROLLER_IMAGE##*:}
 configMapGenerator:
   - name: cloister-install
     namespace: cloister-system
@@ -25,3 +27,5 @@ configMapGenerator:
 YAML
 kubectl apply -k "$dir"
 kubectl -n cloister-system rollout status deployment/cloister-webhook --timeout=180s
+kubectl -n cloister-system rollout status deployment/cloister-controller --timeout=180s
+kubectl wait --for=condition=Available apiservice/v1beta2.custom.metrics.k8s.io --timeout=60s

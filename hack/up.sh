@@ -22,6 +22,7 @@ images() {
   step "base EIFs and image initboot" "$again" "$HACK/images.sh" initboot
   step "Envoy and image sidecar" "$again" "$HACK/images.sh" sidecar
   step "image webhook" "$again" "$HACK/images.sh" webhook
+  step "image controller" "$again" "$HACK/images.sh" controller
   step "image registry" "$again" "$HACK/images.sh" registry
   step "command cloister" "$again" "$HACK/cli.sh"
 }
