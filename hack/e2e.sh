@@ -8,6 +8,11 @@ set -euo pipefail
 "$HACK/up.sh" install
 use_engine
 use_cluster
+again="read the log, then run the same command again: what is done stays done"
+step "Keycloak $KEYCLOAK_VERSION" "$again" "$HACK/keycloak.sh" build
+step "Keycloak on the node" "$again" "$HACK/keycloak.sh" load
+step "example plugin in Python" "$again" "$HACK/pathguard.sh" build
+step "example plugin in the registry" "$again" "$HACK/pathguard.sh" push
 cat >"$OUT/e2e.env" <<ENV
 CLOISTER_E2E=1
 KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
@@ -18,6 +23,8 @@ CLOISTER_EIF=$OUT/base-dev.eif
 CLOISTER_ROOT=$CACHE/dev-root/root.pem
 CLOISTER_KEY=$CACHE/dev-root/key.pem
 CLOISTER_NGINX_IMAGE=registry.cloister-registry.svc.cluster.local:5000/nginx@$(cat "$OUT/nginx.digest")
+CLOISTER_KEYCLOAK_IMAGE=$(cat "$OUT/keycloak.image")
+CLOISTER_PATHGUARD_IMAGE=registry.cloister-registry.svc.cluster.local:5000/pathguard@$(cat "$OUT/pathguard.digest")
 ENV
 set -a
 . "$OUT/e2e.env"

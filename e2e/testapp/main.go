@@ -11,6 +11,7 @@
 //	/slow?for=2s     "done", after that time
 //	/count           how often /echo was asked
 //	/env?name=N      the value of an environment variable
+//	/headers         the request's headers as JSON, each name with its values
 //	/check/N         200, or 503 after /break/N, until /mend/N
 //	/touch?file=F    makes a file
 //	/remove?file=F   removes it
@@ -19,6 +20,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -134,6 +136,7 @@ func handler(exit chan<- int) http.Handler {
 	})
 	mux.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, echoed.Load()) })
 	mux.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, os.Getenv(r.FormValue("name"))) })
+	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })
 	mux.HandleFunc("/check/{name}", func(w http.ResponseWriter, r *http.Request) {
 		if _, ok := broken.Load(r.PathValue("name")); ok {
 			w.WriteHeader(http.StatusServiceUnavailable)
