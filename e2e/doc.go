@@ -10,6 +10,7 @@
 //	admission_test.go    what is left alone, and what is denied
 //	layers_test.go       images that are wrong, slow or not there
 //	rollout_test.go      a rolling restart without a failed request
+//	controller_test.go   an autoscaler follows the load inside the enclaves; state shows on pods and owners
 //	oidc_test.go         the authentication plugin oidc with a real Keycloak, and what happens when it is down
 //	userplugin_test.go   a plugin as a user would write it, in Python and in its own image
 //	client_test.go       any program through the proxy, a client in Python, and the list of pods

@@ -22,20 +22,7 @@ func TestRollout(t *testing.T) {
 	ns.create(t, service("app", 8080))
 	old := ns.ready(t, "app", 2)
 
-	svc, err := c.kube.CoreV1().Services(ns.name).Get(t.Context(), "app", metav1.GetOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for from, to := range map[string]string{set: "/tmp/e2e-measurements.json", c.root: "/tmp/e2e-root.pem"} {
-		content, err := os.ReadFile(from)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.writeOnNode(t.Context(), to, content); err != nil {
-			t.Fatal(err)
-		}
-	}
-	clients, _ := c.start(t, "load", "-addr", svc.Spec.ClusterIP+":443", "-measurements", "/tmp/e2e-measurements.json", "-root", "/tmp/e2e-root.pem")
+	clients := ns.load(t, "app", set)
 
 	output(t, "kubectl", "-n", ns.name, "rollout", "restart", "deployment/app")
 	output(t, "kubectl", "-n", ns.name, "rollout", "status", "deployment/app", "--timeout=180s")
@@ -43,11 +30,50 @@ func TestRollout(t *testing.T) {
 		output(t, "kubectl", "-n", ns.name, "wait", "--for=delete", "pod/"+p.Name, "--timeout=60s")
 	}
 
-	type outcome struct {
-		Requests, Connections int
-		Failures              []string
-		Protocol              string
+	results := noFailures(t, clients)
+	fresh, kept, slow := results["fresh"], results["kept"], results["slow"]
+	if fresh.Connections != fresh.Requests || fresh.Requests < 20 {
+		t.Errorf("the client with new connections made %d requests over %d connections", fresh.Requests, fresh.Connections)
 	}
+	for _, r := range []outcome{kept, slow} {
+		if r.Protocol != "HTTP/2.0" || r.Connections < 2 || r.Connections > 10 {
+			t.Errorf("a client that keeps its connection used %s and %d connections: it must have moved, and only when it had to", r.Protocol, r.Connections)
+		}
+	}
+}
+
+// load starts clients of a Service's pods on the node, which verify every connection against set.
+func (ns *namespace) load(t *testing.T, service, set string, more ...string) *running {
+	t.Helper()
+	svc, err := ns.kube.CoreV1().Services(ns.name).Get(t.Context(), service, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for from, to := range map[string]string{set: "/tmp/e2e-measurements.json", ns.root: "/tmp/e2e-root.pem"} {
+		content, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := ns.writeOnNode(t.Context(), to, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	clients, _ := ns.start(t, append([]string{
+		"load", "-addr", svc.Spec.ClusterIP + ":443", "-measurements", "/tmp/e2e-measurements.json", "-root", "/tmp/e2e-root.pem",
+	}, more...)...)
+	return clients
+}
+
+// outcome is what became of one client of load.
+type outcome struct {
+	Requests, Connections int
+	Failures              []string
+	Protocol              string
+}
+
+// noFailures stops clients; none of their requests may have failed.
+func noFailures(t *testing.T, clients *running) map[string]outcome {
+	t.Helper()
 	var results map[string]outcome
 	if err := json.Unmarshal(clients.stop(t), &results); err != nil {
 		t.Fatal(err)
@@ -58,13 +84,5 @@ func TestRollout(t *testing.T) {
 			t.Errorf("%s: a request failed: %s", name, f)
 		}
 	}
-	fresh, kept, slow := results["fresh"], results["kept"], results["slow"]
-	if fresh.Connections != fresh.Requests || fresh.Requests < 20 {
-		t.Errorf("the client with new connections made %d requests over %d connections", fresh.Requests, fresh.Connections)
-	}
-	for _, r := range []outcome{kept, slow} {
-		if r.Protocol != "HTTP/2.0" || r.Connections < 2 || r.Connections > 10 {
-			t.Errorf("a client that keeps its connection used %s and %d connections: it must have moved, and only when it had to", r.Protocol, r.Connections)
-		}
-	}
+	return results
 }

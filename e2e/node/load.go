@@ -39,6 +39,7 @@ func load(ctx context.Context, args []string) error {
 	addr := flags.String("addr", "", "`HOST:PORT` of the Service")
 	measurements := flags.String("measurements", "", "`file` with the measurement set")
 	root := flags.String("root", "", "`file` with the root certificate")
+	every := flags.Duration("every", 50*time.Millisecond, "time from one request of a client to its next")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func load(ctx context.Context, args []string) error {
 		}
 		c.http = &http.Client{Transport: transport, Timeout: 10 * time.Second}
 		ready.Add(1)
-		done.Go(func() { c.run(ctx, "https://"+*addr+c.path, ready.Done) })
+		done.Go(func() { c.run(ctx, "https://"+*addr+c.path, *every, ready.Done) })
 	}
 	ready.Wait()
 	fmt.Println("ready")
@@ -104,9 +105,9 @@ func options(measurements, root string) (attestation.Options, error) {
 }
 
 // run asks url until ctx is done, and calls ready after the second request.
-func (c *client) run(ctx context.Context, url string, ready func()) {
+func (c *client) run(ctx context.Context, url string, every time.Duration, ready func()) {
 	const warm = 2
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for ctx.Err() == nil {
 		if err := c.ask(url); err != nil {
