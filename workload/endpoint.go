@@ -86,6 +86,9 @@ func checkName(host string) error {
 // is the measured list inside.
 func (m *Manifest) Endpoints() []string {
 	out := append(slices.Clone(m.Egress), m.PluginEndpoints()...)
+	if m.KMS != nil {
+		out = append(out, m.KMS.Address())
+	}
 	slices.Sort(out)
 	return slices.Compact(out)
 }

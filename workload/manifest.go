@@ -46,6 +46,11 @@ type Manifest struct {
 	Plugins []Plugin `json:"plugins,omitempty"`
 	// Logs is LogsOTLP, or empty for the console.
 	Logs string `json:"logs,omitempty"`
+	// Secrets are in the author's order; KMS decrypts them.
+	Secrets []Secret `json:"secrets,omitempty"`
+	KMS     *KMS     `json:"kms,omitempty"`
+	// TLS is TLSKMS, or empty for a certificate that is made in the enclave.
+	TLS string `json:"tls,omitempty"`
 }
 
 // Image pins the workload's image.

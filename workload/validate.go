@@ -75,6 +75,7 @@ func (m *Manifest) Validate() error {
 	m.validateProbes(bad, text)
 	m.validateEgress(bad)
 	m.validatePlugins(bad, text)
+	m.validateKMS(bad, text)
 	m.validateTelemetry(bad)
 
 	seen := map[string]bool{}
