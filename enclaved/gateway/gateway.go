@@ -38,6 +38,9 @@ type Config struct {
 	// Authorize decides on each HTTP request before the workload sees it. It must not change the request.
 	// Nil lets every request pass.
 	Authorize func(*http.Request) *Verdict
+	// Observe sees each HTTP request that the workload is about to get, after Authorize, and may change its
+	// header. End is called after the answer, with its status, 0 when there was none. Nil sees nothing.
+	Observe func(r *http.Request, port uint32) (end func(status int))
 	// Reserved are headers that a Verdict may set, in lower case: clients cannot send them, nor any that
 	// begins with workload.HeaderPrefix.
 	Reserved []string

@@ -42,6 +42,12 @@ func newEnclave(t *testing.T, ports ...workload.Port) *enclave {
 
 func newEnclaveOf(t *testing.T, module *nsmtest.Module, ports ...workload.Port) *enclave {
 	t.Helper()
+	return newEnclaveWith(t, module, gateway.Config{Manifest: &workload.Manifest{Ports: ports}})
+}
+
+// newEnclaveWith completes config.
+func newEnclaveWith(t *testing.T, module *nsmtest.Module, config gateway.Config) *enclave {
+	t.Helper()
 	e := &enclave{module: module, canonical: []byte("{}"), listeners: map[uint32]net.Listener{}}
 	client := nsm.New(nsm.NewDevelopment(module.Dial))
 	v := vault.New(client)
@@ -52,7 +58,8 @@ func newEnclaveOf(t *testing.T, module *nsmtest.Module, ports ...workload.Port) 
 	if _, err := v.Measure(t.Context(), e.canonical); err != nil {
 		t.Fatal(err)
 	}
-	g, err := gateway.New(gateway.Config{Manifest: &workload.Manifest{Ports: ports}, Listen: e.listen, Vault: v})
+	config.Listen, config.Vault = e.listen, v
+	g, err := gateway.New(config)
 	if err != nil {
 		t.Fatal(err)
 	}

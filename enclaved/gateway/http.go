@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -147,6 +148,12 @@ func (w *web) pass(rw http.ResponseWriter, r *http.Request) {
 		}
 		r = r.WithContext(context.WithValue(r.Context(), verdictKey{}, v))
 	}
+	if w.port.observe != nil {
+		watched := &watchedWriter{ResponseWriter: rw}
+		end := w.port.observe(r, w.port.number)
+		defer func() { end(watched.status) }()
+		rw = watched
+	}
 	if r.ProtoMajor == 1 {
 		// The workload may answer before it has the whole body.
 		http.NewResponseController(rw).EnableFullDuplex()
@@ -265,6 +272,35 @@ func (w *web) answer(rw http.ResponseWriter, r *http.Request, status int, senten
 	w.dismiss(rw.Header(), r)
 	http.Error(rw, sentence, status)
 }
+
+// watchedWriter remembers the status of an answer.
+type watchedWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *watchedWriter) WriteHeader(status int) {
+	if w.status < 200 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *watchedWriter) Write(b []byte) (int, error) {
+	if w.status < 200 {
+		w.status = http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Hijack is called for one status only, which ReverseProxy writes to the connection itself.
+func (w *watchedWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	w.status = http.StatusSwitchingProtocols
+	return http.NewResponseController(w.ResponseWriter).Hijack()
+}
+
+// Unwrap is for http.ResponseController.
+func (w *watchedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // bufferPool lends the buffers that bodies are copied with.
 type bufferPool struct{}

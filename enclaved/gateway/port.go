@@ -43,6 +43,7 @@ type port struct {
 	open     func(port uint32) (net.Listener, error)
 	// authorize and reserved are Config's.
 	authorize func(*http.Request) *Verdict
+	observe   func(*http.Request, uint32) (end func(int))
 	reserved  []string
 
 	listener  net.Listener
@@ -61,6 +62,7 @@ func newPort(g *Gateway, config Config, m workload.Port) (*port, error) {
 		upstream:  net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(m.Port), 10)),
 		open:      config.Listen,
 		authorize: config.Authorize,
+		observe:   config.Observe,
 		reserved:  config.Reserved,
 		closed:    make(chan struct{}),
 	}
