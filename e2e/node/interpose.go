@@ -13,8 +13,9 @@ import (
 	"sync"
 )
 
-// record takes the place of the socket through which the sidecar reaches the enclave, in the folder
-// args[0], passes everything on, and prints at the end what it saw, stream by stream.
+// record takes the place of the socket through which the sidecar reaches the enclave, or of the socket
+// args[1], in the folder args[0], passes everything on, and prints at the end what it saw, stream by
+// stream.
 func record(ctx context.Context, args []string) error {
 	// The whole path of a pod's volume is longer than the address of a unix socket may be.
 	if err := os.Chdir(args[0]); err != nil {
@@ -29,7 +30,11 @@ func record(ctx context.Context, args []string) error {
 		streams = append(streams, seen)
 		return io.TeeReader(r, locked{&mu, seen})
 	}
-	restore, err := interpose("vsock.sock", tap, tap)
+	socket := "vsock.sock"
+	if len(args) > 1 {
+		socket = args[1]
+	}
+	restore, err := interpose(socket, tap, tap)
 	if err != nil {
 		return err
 	}

@@ -1,7 +1,7 @@
 // Node is what the end-to-end tests run on the cluster's node: the untrusted host, and clients inside
 // the cluster's network.
 //
-//	node record DIR          stands between sidecar and enclave, prints all bytes at the end
+//	node record DIR [SOCKET] stands between sidecar and enclave, prints all bytes at the end
 //	node tamper DIR          stands between enclave and initboot, changes what the enclave gets
 //	node handshakes ADDR     one TLS handshake every 50 ms, a line of JSON for each
 //	node registry FLAGS      a registry that is slow or wrong

@@ -1,17 +1,18 @@
 // Testapp is the workload of the end-to-end tests: an HTTP server that can be told to misbehave.
 //
-//	testapp serve [-listen :8080,…] [-after 0s]   serves until SIGTERM
-//	testapp exit CODE                             ends at once
-//	testapp exists FILE                           exec probe: fails if the file does not exist
-//	testapp wait FILE                             init container: ends when the file exists
+//	testapp serve [-listen :8080,…] [-after 0s] [-tls]   serves until SIGTERM
+//	testapp exit CODE                                    ends at once
+//	testapp exists FILE                                  exec probe: fails if the file does not exist
+//	testapp wait FILE                                    init container: ends when the file exists
 //
-// The server answers
+// The server, whose certificate for -tls is in TLS_CERT and TLS_KEY, answers
 //
 //	/echo            the request's body, or its query
 //	/slow?for=2s     "done", after that time
 //	/count           how often /echo was asked
 //	/env?name=N      the value of an environment variable
 //	/headers         the request's headers as JSON, each name with its values
+//	/get?url=U       what an ordinary client gets from there, or "error: " and why; it trusts CA_CERT
 //	/check/N         200, or 503 after /break/N, until /mend/N
 //	/touch?file=F    makes a file
 //	/remove?file=F   removes it
@@ -20,6 +21,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -76,6 +79,7 @@ func serve(args []string) (int, error) {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	listen := flags.String("listen", ":8080", "addresses, separated by commas")
 	after := flags.Duration("after", 0, "wait before listening")
+	withTLS := flags.Bool("tls", false, "speak TLS, with the PEM in the environment")
 	if err := flags.Parse(args); err != nil {
 		return 0, err
 	}
@@ -93,6 +97,13 @@ func serve(args []string) (int, error) {
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
 			return 0, err
+		}
+		if *withTLS {
+			cert, err := tls.X509KeyPair([]byte(os.Getenv("TLS_CERT")), []byte(os.Getenv("TLS_KEY")))
+			if err != nil {
+				return 0, err
+			}
+			l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}})
 		}
 		go func() { failed <- server.Serve(l) }()
 	}
@@ -137,6 +148,14 @@ func handler(exit chan<- int) http.Handler {
 	mux.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, echoed.Load()) })
 	mux.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, os.Getenv(r.FormValue("name"))) })
 	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })
+	mux.HandleFunc("/get", func(w http.ResponseWriter, r *http.Request) {
+		body, err := get(r.Context(), r.FormValue("url"))
+		if err != nil {
+			fmt.Fprint(w, "error: ", err)
+			return
+		}
+		w.Write(body)
+	})
 	mux.HandleFunc("/check/{name}", func(w http.ResponseWriter, r *http.Request) {
 		if _, ok := broken.Load(r.PathValue("name")); ok {
 			w.WriteHeader(http.StatusServiceUnavailable)
@@ -154,6 +173,25 @@ func handler(exit chan<- int) http.Handler {
 		}
 	})
 	return mux
+}
+
+// get is an ordinary client.
+func get(ctx context.Context, url string) ([]byte, error) {
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(os.Getenv("CA_CERT")))
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	return io.ReadAll(res.Body)
 }
 
 func report(w http.ResponseWriter, err error) {

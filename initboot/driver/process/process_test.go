@@ -222,6 +222,22 @@ func TestEnclave(t *testing.T) {
 	}
 }
 
+// The sidecar binds host ports as a user of its own, and can take nothing away.
+func TestSocketsOfOthers(t *testing.T) {
+	e, err := Driver{Dir: runDir(t)}.Create(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Stop()
+	folder, err := os.Stat(filepath.Dir(strings.TrimPrefix(e.Target(), "unix://")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := os.ModeDir | os.ModeSticky | 0o777; folder.Mode() != want {
+		t.Errorf("mode %s, want %s", folder.Mode(), want)
+	}
+}
+
 func TestEnclaveEnds(t *testing.T) {
 	needRoot(t)
 	init := ramdisk(t, false, cpio.StaticFile("init", string(buildInit(t)), 0o755))
