@@ -53,7 +53,9 @@ func (r *reader) plugin(p *field.Path, raw json.RawMessage) (out Plugin, ok bool
 		case "name":
 			r.value(p, raw, &out.Name, "a name")
 		case "type":
-			r.value(p, raw, &out.Type, "one of "+strings.Join(workload.PluginTypes(), ", "))
+			if types := workload.PluginTypes(); r.value(p, raw, &out.Type, "one of "+strings.Join(types, ", ")) && !slices.Contains(types, out.Type) {
+				r.errs = append(r.errs, field.NotSupported(p, out.Type, types))
+			}
 		case "builtin":
 			r.value(p, raw, &out.Builtin, "the name of a built-in plugin")
 		case "image":
@@ -83,6 +85,13 @@ func (r *reader) plugin(p *field.Path, raw json.RawMessage) (out Plugin, ok bool
 		if _, ok := fields[key]; !ok {
 			r.errs = append(r.errs, field.Required(p.Child(key), "a plugin needs a name and a type"))
 		}
+	}
+	_, image := fields["image"]
+	_, builtin := fields["builtin"]
+	if names := workload.Builtins(out.Type); image == builtin {
+		r.errs = append(r.errs, field.Required(p, "a plugin is either builtin or an image"))
+	} else if builtin && len(names) > 0 && !slices.Contains(names, out.Builtin) {
+		r.errs = append(r.errs, field.NotSupported(p.Child("builtin"), out.Builtin, names))
 	}
 	// Whoever names an authentication plugin wants requests to be checked: letting them pass while it is
 	// down must be said.
