@@ -44,6 +44,11 @@ type EnclaveConfig struct {
 	Plugins []Plugin
 	// Logs is workload.LogsOTLP, or empty for the console.
 	Logs string
+	// Secrets are in the author's order. KMS decrypts them, and the key of the certificate that TLS serves.
+	Secrets []workload.Secret
+	KMS     *workload.KMS
+	// TLS is workload.TLSKMS, or empty for a certificate that is made in the enclave.
+	TLS string
 }
 
 // Port says how one containerPort is served. It has either a number or a name.
@@ -58,8 +63,7 @@ type Port struct {
 
 // notBuilt are the fields of the design that this version refuses.
 var notBuilt = []string{
-	"debug", "eif", "hostEnv", "hostFiles", "kms", "nsm", "secrets",
-	"serviceAccountToken", "tls",
+	"debug", "eif", "hostEnv", "hostFiles", "nsm", "serviceAccountToken",
 }
 
 // Parse reads a config. Errors have paths below path.
@@ -102,10 +106,16 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			c.Plugins = r.plugins(p, raw)
 		case key == "logs":
 			c.Logs = r.logs(p, raw)
+		case key == "secrets":
+			c.Secrets = r.secrets(p, raw)
+		case key == "kms":
+			c.KMS = r.kms(p, raw)
+		case key == "tls":
+			c.TLS = r.tls(p, raw)
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "logs", "plugins"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "kms", "logs", "plugins", "secrets", "tls"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}

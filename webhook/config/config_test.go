@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"cloister.dev/cloister/workload"
 )
 
 const head = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n"
@@ -16,28 +18,46 @@ func TestParse(t *testing.T) {
 		want *EnclaveConfig
 		errs string // part of the only error
 	}{
-		"empty":                 {doc: head, want: &EnclaveConfig{}},
-		"JSON":                  {doc: `{"apiVersion":"cloister.dev/v1alpha1","kind":"EnclaveConfig","cpus":4}`, want: &EnclaveConfig{CPUs: 4}},
-		"memory":                {doc: head + "memory: 1.5Gi", want: &EnclaveConfig{Memory: 3 << 29}},
-		"memory in bytes":       {doc: head + "memory: 1048576", want: &EnclaveConfig{Memory: 1 << 20}},
-		"ports":                 {doc: head + "ports: [{port: 80}, {name: db, protocol: tcp, plaintext: true}]", want: &EnclaveConfig{Ports: []Port{{Port: 80, Protocol: "http"}, {Name: "db", Protocol: "tcp", Plaintext: true}}}},
-		"no document":           {doc: "", errs: "write a mapping"},
-		"a list":                {doc: "[]", errs: "write a mapping"},
-		"duplicate":             {doc: head + "cpus: 1\ncpus: 2", errs: "already set"},
-		"no kind":               {doc: "apiVersion: cloister.dev/v1alpha1", errs: "config.kind: Required value: write kind: EnclaveConfig"},
-		"wrong apiVersion":      {doc: "apiVersion: v1\nkind: EnclaveConfig", errs: `supported values: "cloister.dev/v1alpha1"`},
-		"misspelt":              {doc: head + "memmory: 1Gi", errs: `did you mean "memory"?`},
-		"other case":            {doc: head + "Memory: 1Gi", errs: `config.Memory: Forbidden: there is no such field, did you mean "memory"?`},
-		"far from all":          {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, logs, plugins, debug"},
-		"not built":             {doc: head + "eif: x", errs: "config.eif: Forbidden: this setting is not built yet"},
-		"egress":                {doc: head + "egress: ['b.example:443', 'A.example:443', '10.0.0.1:80', '[2001:DB8::1]:80']", want: &EnclaveConfig{Egress: []string{"10.0.0.1:80", "[2001:db8::1]:80", "a.example:443", "b.example:443"}}},
-		"no egress":             {doc: head + "egress: []", want: &EnclaveConfig{}},
-		"egress twice":          {doc: head + "egress: ['a:1', 'A:1']", errs: "config.egress[1]: Duplicate value"},
-		"egress without port":   {doc: head + "egress: [example.org]", errs: "config.egress[0]: Invalid value: \"example.org\": write host:port"},
-		"egress is a URL":       {doc: head + "egress: ['https://example.org:443']", errs: "write host:port"},
-		"egress to everything":  {doc: head + "egress: ['*.example.org:443']", errs: "wildcards are not built yet"},
-		"egress is a number":    {doc: head + "egress: [80]", errs: "config.egress[0]: Invalid value: write host:port"},
-		"misspelt, not built":   {doc: head + "secret: []", errs: `did you mean "secrets"?`},
+		"empty":                {doc: head, want: &EnclaveConfig{}},
+		"JSON":                 {doc: `{"apiVersion":"cloister.dev/v1alpha1","kind":"EnclaveConfig","cpus":4}`, want: &EnclaveConfig{CPUs: 4}},
+		"memory":               {doc: head + "memory: 1.5Gi", want: &EnclaveConfig{Memory: 3 << 29}},
+		"memory in bytes":      {doc: head + "memory: 1048576", want: &EnclaveConfig{Memory: 1 << 20}},
+		"ports":                {doc: head + "ports: [{port: 80}, {name: db, protocol: tcp, plaintext: true}]", want: &EnclaveConfig{Ports: []Port{{Port: 80, Protocol: "http"}, {Name: "db", Protocol: "tcp", Plaintext: true}}}},
+		"no document":          {doc: "", errs: "write a mapping"},
+		"a list":               {doc: "[]", errs: "write a mapping"},
+		"duplicate":            {doc: head + "cpus: 1\ncpus: 2", errs: "already set"},
+		"no kind":              {doc: "apiVersion: cloister.dev/v1alpha1", errs: "config.kind: Required value: write kind: EnclaveConfig"},
+		"wrong apiVersion":     {doc: "apiVersion: v1\nkind: EnclaveConfig", errs: `supported values: "cloister.dev/v1alpha1"`},
+		"misspelt":             {doc: head + "memmory: 1Gi", errs: `did you mean "memory"?`},
+		"other case":           {doc: head + "Memory: 1Gi", errs: `config.Memory: Forbidden: there is no such field, did you mean "memory"?`},
+		"far from all":         {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, kms, logs, plugins, secrets, tls, debug"},
+		"not built":            {doc: head + "eif: x", errs: "config.eif: Forbidden: this setting is not built yet"},
+		"egress":               {doc: head + "egress: ['b.example:443', 'A.example:443', '10.0.0.1:80', '[2001:DB8::1]:80']", want: &EnclaveConfig{Egress: []string{"10.0.0.1:80", "[2001:db8::1]:80", "a.example:443", "b.example:443"}}},
+		"no egress":            {doc: head + "egress: []", want: &EnclaveConfig{}},
+		"egress twice":         {doc: head + "egress: ['a:1', 'A:1']", errs: "config.egress[1]: Duplicate value"},
+		"egress without port":  {doc: head + "egress: [example.org]", errs: "config.egress[0]: Invalid value: \"example.org\": write host:port"},
+		"egress is a URL":      {doc: head + "egress: ['https://example.org:443']", errs: "write host:port"},
+		"egress to everything": {doc: head + "egress: ['*.example.org:443']", errs: "wildcards are not built yet"},
+		"egress is a number":   {doc: head + "egress: [80]", errs: "config.egress[0]: Invalid value: write host:port"},
+		"misspelt, not built":  {doc: head + "hostFile: []", errs: `did you mean "hostFiles"?`},
+		"secrets": {
+			doc: head + "secrets: [{name: a, ciphertext: \"YWJj\\n ZGVm\", env: A, encryptionContext: {workload: web}}, {name: b, ciphertext: YWJj, file: /b, encryptionContext: {}}]",
+			want: &EnclaveConfig{Secrets: []workload.Secret{
+				{Name: "a", Ciphertext: "YWJjZGVm", Env: "A", EncryptionContext: map[string]string{"workload": "web"}}, {Name: "b", Ciphertext: "YWJj", File: "/b"},
+			}},
+		},
+		"kms": {
+			doc:  head + "tls: kms\nkms: {region: eu-central-1, endpoint: 'https://kms.eu-central-1.amazonaws.com', certificate: {chain: c, key: YWJj}}",
+			want: &EnclaveConfig{TLS: "kms", KMS: &workload.KMS{Region: "eu-central-1", Certificate: &workload.Certificate{Chain: "c", Key: "YWJj"}}},
+		},
+		"kms elsewhere":         {doc: head + "kms: {region: eu-central-1, endpoint: 'https://kms.example', ca: x}", want: &EnclaveConfig{KMS: &workload.KMS{Region: "eu-central-1", Endpoint: "https://kms.example", CA: "x"}}},
+		"tls by default":        {doc: head + "tls: ephemeral", want: &EnclaveConfig{}},
+		"tls not built":         {doc: head + "tls: acme", errs: "acme is not built yet"},
+		"unknown tls":           {doc: head + "tls: none", errs: `supported values: "ephemeral", "kms"`},
+		"misspelt secret":       {doc: head + "secrets: [{nme: a}]", errs: `did you mean "name"?`},
+		"misspelt kms":          {doc: head + "kms: {regio: a}", errs: `did you mean "region"?`},
+		"misspelt certificate":  {doc: head + "kms: {certificate: {keys: a}}", errs: `did you mean "key"?`},
+		"context of numbers":    {doc: head + "secrets: [{encryptionContext: {a: 1}}]", errs: "config.secrets[0].encryptionContext: Invalid value: write a mapping"},
 		"no memory":             {doc: head + "memory: 0", errs: "write a quantity"},
 		"endless memory":        {doc: head + "memory: 1Ei", errs: "at most 1Ti"},
 		"memory of words":       {doc: head + "memory: much", errs: "write a quantity"},

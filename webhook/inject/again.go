@@ -48,7 +48,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 		return nil, p.list
 	}
 	pluginImages := p.readPluginImages(inits.Index(boot), &spec.InitContainers[boot], m)
-	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, canonical, image, pluginImages, memory))
+	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, pluginImages, memory))
 	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
 
 	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
@@ -140,7 +140,7 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 		// More than one of a name would let the last one win.
 		j := slices.IndexFunc(want.Env, func(w corev1.EnvVar) bool { return w.Name == e.Name })
 		first := slices.IndexFunc(have.Env, func(h corev1.EnvVar) bool { return h.Name == e.Name })
-		if j < 0 || first != i || e.Value != want.Env[j].Value || e.ValueFrom != nil {
+		if j < 0 || first != i || !reflect.DeepEqual(e, want.Env[j]) {
 			p.forbid(path.Child("env").Index(i), e.Name+" is not what is injected: variables that begin with CLOISTER_ are kept for it")
 		}
 	}
@@ -225,6 +225,7 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 		p.forbid(at.Child("egress"), "it is not what was injected")
 	}
 	p.comparePlugins(at, cfg, m)
+	p.compareKMS(at, cfg, m)
 	for _, port := range m.Ports {
 		want := workload.Port{Name: port.Name, Port: port.Port}
 		if s := setting(cfg, port); s != nil {

@@ -81,7 +81,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	if arch, ok := spec.NodeSelector[corev1.LabelArchStable]; ok && "linux/"+arch != workload.DefaultPlatform {
 		m.Image.Platform = "linux/" + arch
 	}
-	m.Env = p.env(cp, c)
+	m.Env = p.env(cp, c, d.config.KMS != nil)
 	m.User, m.Security = p.security(cp, spec.SecurityContext, c.SecurityContext)
 	m.Ports = p.ports(cp.Child("ports"), c, d.config)
 	m.Probes = p.probes(cp, c)
@@ -89,6 +89,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	m.Egress = p.egress(m, d.config)
 	m.Plugins, d.pluginImages = plugins(d.config, m.Image.Platform)
 	m.Logs = d.config.Logs
+	m.Secrets, m.KMS, m.TLS = d.config.Secrets, d.config.KMS, d.config.TLS
 	p.rest(cp, c)
 	if low := lowestPort(m); low < 1024 {
 		p.checkPortStart(spec, low)
@@ -183,7 +184,7 @@ func cloudMount(mountPath string) bool {
 	return false
 }
 
-func (p *problems) env(cp *field.Path, c *corev1.Container) []workload.EnvVar {
+func (p *problems) env(cp *field.Path, c *corev1.Container, kms bool) []workload.EnvVar {
 	for i := range c.EnvFrom {
 		p.notBuilt(cp.Child("envFrom").Index(i), "envFrom")
 	}
@@ -191,7 +192,7 @@ func (p *problems) env(cp *field.Path, c *corev1.Container) []workload.EnvVar {
 	for i, e := range c.Env {
 		path := cp.Child("env").Index(i)
 		switch {
-		case cloudEnv(e.Name):
+		case cloudEnv(e.Name), kms && isCredential(e):
 		case e.ValueFrom != nil:
 			p.notBuilt(path.Child("valueFrom"), "valueFrom")
 		default:

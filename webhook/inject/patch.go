@@ -109,10 +109,13 @@ func volumeOps(spec *corev1.PodSpec) []Op {
 }
 
 func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
-	boot := initboot(opts, d.canonical, d.image, d.pluginImages, d.memory)
+	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory)
 	limitCPU := guaranteed(spec)
 	boot.Resources = resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, limitCPU)
 	side := sidecar(opts, d.manifest)
+	if d.manifest.KMS != nil {
+		addIdentity(&side, &spec.Containers[d.index])
+	}
 	side.Resources = resources(resource.MustParse("100m"), 128<<20, limitCPU)
 	if len(spec.InitContainers) == 0 {
 		return []Op{add("/spec/initContainers", []corev1.Container{boot, side})}

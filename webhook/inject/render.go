@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -23,6 +24,10 @@ const (
 	envPorts        = "CLOISTER_PORTS"
 	envEgress       = "CLOISTER_EGRESS"
 	envPluginImages = "CLOISTER_PLUGIN_IMAGES"
+	envPodName      = "CLOISTER_POD_NAME"
+	envPodNamespace = "CLOISTER_POD_NAMESPACE"
+	envPodUID       = "CLOISTER_POD_UID"
+	envAWSRegion    = "CLOISTER_AWS_REGION"
 )
 
 // Volumes of ours.
@@ -86,17 +91,17 @@ func escape(value string) string { return strings.ReplaceAll(value, "$", "$$") }
 func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$") }
 
 // initboot renders the first native sidecar, without resources.
-func initboot(opts Options, canonical []byte, image string, pluginImages []string, memory int64) corev1.Container {
+func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory int64) corev1.Container {
 	always, no, yes, root := corev1.ContainerRestartPolicyAlways, false, true, int64(0)
 	return corev1.Container{
 		Name:    Initboot,
 		Image:   opts.InitbootImage,
 		Command: []string{"/initboot", "serve", "--driver=" + opts.Driver},
-		Env: append([]corev1.EnvVar{
+		Env: slices.Concat([]corev1.EnvVar{
 			{Name: envManifest, Value: escape(string(canonical))},
 			{Name: envImage, Value: escape(image)},
 			{Name: envMemory, Value: strconv.FormatInt(memory, 10)},
-		}, pluginImagesEnv(pluginImages)...),
+		}, pluginImagesEnv(pluginImages), podEnv(m)),
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
 		StartupProbe:    execProbe("/initboot", "probe", "boot"),
@@ -112,12 +117,30 @@ func initboot(opts Options, canonical []byte, image string, pluginImages []strin
 	}
 }
 
+// podEnv tells initboot which pod it is in, where telemetry carries that.
+func podEnv(m *workload.Manifest) []corev1.EnvVar {
+	if m.Plugin(workload.PluginLogging) == nil && m.Plugin(workload.PluginTelemetry) == nil {
+		return nil
+	}
+	from := func(name, path string) corev1.EnvVar {
+		return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{
+			FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: path},
+		}}
+	}
+	return []corev1.EnvVar{
+		from(envPodName, "metadata.name"), from(envPodNamespace, "metadata.namespace"), from(envPodUID, "metadata.uid"),
+	}
+}
+
 // sidecar renders the second native sidecar, without resources.
 func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 	always := corev1.ContainerRestartPolicyAlways
 	env := []corev1.EnvVar{{Name: envPorts, Value: jsonText(portNumbers(m))}}
 	if list := m.Endpoints(); len(list) > 0 {
 		env = append(env, corev1.EnvVar{Name: envEgress, Value: jsonText(list)})
+	}
+	if m.KMS != nil {
+		env = append(env, corev1.EnvVar{Name: envAWSRegion, Value: m.KMS.Region})
 	}
 	return corev1.Container{
 		Name:            Sidecar,
