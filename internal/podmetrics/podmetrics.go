@@ -16,22 +16,19 @@
 package podmetrics
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math"
 	"net/http"
-	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podsock"
@@ -158,40 +155,62 @@ func number(b bool) float64 {
 }
 
 // Parse reads what Handler has written. It refuses what lacks the state; the counters come all or not at
-// all.
+// all. It takes lines as Handler writes them, and no more of the format: expfmt.TextParser of
+// prometheus/common v0.70.0 panics on some input, and every pod can send some.
 func Parse(r io.Reader) (Snapshot, error) {
 	limited := &io.LimitedReader{R: r, N: maxSize + 1}
-	parser := expfmt.NewTextParser(model.LegacyValidation)
-	families, err := parser.TextToMetricFamilies(limited)
+	samples := map[string]float64{}
+	for lines := bufio.NewScanner(limited); ; {
+		if !lines.Scan() {
+			if err := lines.Err(); err != nil {
+				return Snapshot{}, fmt.Errorf("read metrics of the enclave: %w", err)
+			}
+			break
+		}
+		series, text, ok := strings.Cut(lines.Text(), " ")
+		if !ok || !strings.HasPrefix(series, "cloister_enclave_") { // another metric, or a comment
+			continue
+		}
+		v, err := strconv.ParseFloat(text, 64)
+		if err != nil || !(v >= 0 && v < math.MaxInt64) {
+			return Snapshot{}, fmt.Errorf("read metrics of the enclave: %q is not a count", series)
+		}
+		if _, twice := samples[series]; twice {
+			return Snapshot{}, fmt.Errorf("read metrics of the enclave: %q is there twice", series)
+		}
+		samples[series] = v
+	}
 	if limited.N == 0 {
 		return Snapshot{}, fmt.Errorf("read metrics of the enclave: more than %d bytes", maxSize)
 	}
-	if err != nil {
-		return Snapshot{}, fmt.Errorf("read metrics of the enclave: %w", err)
-	}
-	s, err := snapshot(families)
+	s, err := snapshot(samples)
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("read metrics of the enclave: %w", err)
 	}
 	return s, nil
 }
 
-func snapshot(families map[string]*dto.MetricFamily) (s Snapshot, err error) {
-	if s.Phase, err = phase(families[phaseName]); err != nil {
-		return Snapshot{}, err
-	}
-	values := map[string]float64{}
+func snapshot(samples map[string]float64) (s Snapshot, err error) {
 	for _, name := range []string{generationName, attestedName, failedName} {
-		v, ok := value(families[name])
-		if !ok {
-			return Snapshot{}, fmt.Errorf("%s is missing or not a number", name)
+		if _, ok := samples[name]; !ok {
+			return s, fmt.Errorf("%s is missing", name)
 		}
-		values[name] = v
 	}
-	s.Generation, s.Attested, s.StepFailed = uint64(values[generationName]), values[attestedName] == 1, values[failedName] == 1
+	s.Generation, s.Attested, s.StepFailed = uint64(samples[generationName]), samples[attestedName] == 1, samples[failedName] == 1
+	for name, phase := range phases {
+		v, ok := samples[phaseName+`{phase="`+name+`"}`]
+		switch {
+		case !ok:
+			return Snapshot{}, fmt.Errorf("%s lacks the phase %s", phaseName, name)
+		case v == 1 && s.Phase != podsock.EnclaveState_PHASE_UNSPECIFIED:
+			return Snapshot{}, errors.New("the enclave is in two phases at once")
+		case v == 1:
+			s.Phase = phase
+		}
+	}
 	stats := &channel.StatsResponse{}
 	for _, c := range counters {
-		v, ok := value(families[c.name])
+		v, ok := samples[c.name]
 		if !ok {
 			return s, nil
 		}
@@ -199,47 +218,4 @@ func snapshot(families map[string]*dto.MetricFamily) (s Snapshot, err error) {
 	}
 	s.Stats = stats
 	return s, nil
-}
-
-// phase is the only one that is 1; unspecified when there is none.
-func phase(f *dto.MetricFamily) (found podsock.EnclaveState_Phase, err error) {
-	if f == nil {
-		return 0, fmt.Errorf("%s is missing", phaseName)
-	}
-	for _, m := range f.GetMetric() {
-		if numberOf(m) != 1 {
-			continue
-		}
-		if found != podsock.EnclaveState_PHASE_UNSPECIFIED {
-			return 0, errors.New("the enclave is in two phases at once")
-		}
-		for _, l := range m.GetLabel() {
-			if l.GetName() == "phase" {
-				found = phases[l.GetValue()]
-			}
-		}
-		if found == podsock.EnclaveState_PHASE_UNSPECIFIED {
-			return 0, fmt.Errorf("the enclave is in an unknown phase: known are %s", strings.Join(slices.Sorted(maps.Keys(phases)), ", "))
-		}
-	}
-	return found, nil
-}
-
-// value is the only number of a family: finite, not negative and small enough for a uint64.
-func value(f *dto.MetricFamily) (float64, bool) {
-	if len(f.GetMetric()) != 1 {
-		return 0, false
-	}
-	v := numberOf(f.GetMetric()[0])
-	return v, v >= 0 && v < math.MaxInt64
-}
-
-func numberOf(m *dto.Metric) float64 {
-	switch {
-	case m.GetGauge() != nil:
-		return m.GetGauge().GetValue()
-	case m.GetCounter() != nil:
-		return m.GetCounter().GetValue()
-	}
-	return m.GetUntyped().GetValue()
 }

@@ -72,14 +72,17 @@ func TestRoundTrip(t *testing.T) {
 func TestParseRefuses(t *testing.T) {
 	good := string(scrape(Snapshot{Phase: podsock.EnclaveState_PHASE_RUNNING, Generation: 1, Stats: &channel.StatsResponse{}}))
 	for name, tt := range map[string]struct{ text, want string }{
-		"nothing":        {"", "cloister_enclave_phase is missing"},
-		"HTML":           {"<html>", "read metrics"},
+		"nothing":        {"", "cloister_enclave_generation is missing"},
+		"HTML":           {"<html>", "is missing"},
 		"two phases":     {strings.Replace(good, `{phase="booted"} 0`, `{phase="booted"} 1`, 1), "two phases"},
-		"unknown phase":  {strings.Replace(good, `{phase="running"}`, `{phase="jogging"}`, 1), "unknown phase"},
+		"a phase less":   {strings.Replace(good, `{phase="running"}`, `{phase="jogging"}`, 1), "lacks the phase running"},
 		"no generation":  {strings.ReplaceAll(good, "cloister_enclave_generation", "x"), "cloister_enclave_generation"},
 		"negative":       {strings.Replace(good, "generation 1", "generation -1", 1), "cloister_enclave_generation"},
 		"not a number":   {strings.Replace(good, "generation 1", "generation NaN", 1), "cloister_enclave_generation"},
-		"without an end": {"# " + strings.Repeat("x", maxSize), "more than"},
+		"infinite":       {strings.Replace(good, "generation 1", "generation +Inf", 1), "cloister_enclave_generation"},
+		"twice":          {good + good, "twice"},
+		"without an end": {strings.Repeat("# x\n", maxSize), "more than"},
+		"one long line":  {"# " + strings.Repeat("x", maxSize), "too long"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if s, err := Parse(strings.NewReader(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
