@@ -10,7 +10,7 @@ import os
 import posixpath
 import signal
 from concurrent import futures
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import grpc
 from envoy.config.core.v3 import base_pb2
@@ -25,8 +25,9 @@ class PathGuard(external_auth_pb2_grpc.AuthorizationServicer):
         self.refuse = [prefix.rstrip("/") for prefix in refuse]
 
     def Check(self, request, context):
-        # As a server reads it: /a/../admin and /%61dmin are /admin.
-        path = posixpath.normpath(unquote(urlsplit(request.attributes.request.http.path).path)).replace("//", "/")
+        # As a server reads it: /a/../admin, //admin and /%61dmin are /admin.
+        path = unquote(request.attributes.request.http.path.split("?", 1)[0])
+        path = posixpath.normpath("/" + path.lstrip("/"))
         if any(path == prefix or path.startswith(prefix + "/") for prefix in self.refuse):
             return external_auth_pb2.CheckResponse(
                 status=status_pb2.Status(code=code_pb2.PERMISSION_DENIED),
