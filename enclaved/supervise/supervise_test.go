@@ -152,10 +152,16 @@ func (e *enclave) content(w http.ResponseWriter, r *http.Request) {
 // addImage serves an image with the app and returns its digest.
 func (e *enclave) addImage(t *testing.T, config map[string]any) string {
 	t.Helper()
+	return e.addImageOf(t, app, config)
+}
+
+// addImageOf serves an image with one program, /app.
+func (e *enclave) addImageOf(t *testing.T, program []byte, config map[string]any) string {
+	t.Helper()
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
-	w.WriteHeader(&tar.Header{Name: "app", Mode: 0o755, Size: int64(len(app))})
-	w.Write(app)
+	w.WriteHeader(&tar.Header{Name: "app", Mode: 0o755, Size: int64(len(program))})
+	w.Write(program)
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
