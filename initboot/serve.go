@@ -20,6 +20,7 @@ import (
 	"cloister.dev/cloister/initboot/boot"
 	"cloister.dev/cloister/initboot/content"
 	"cloister.dev/cloister/initboot/driver/process"
+	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/workload"
 )
@@ -88,6 +89,9 @@ func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
 	}
 	if cfg.Content, err = content.New(os.Getenv("CLOISTER_IMAGE"), plugins, cacheDir, cfg.Memory, cfg.Log); err != nil {
 		return fmt.Errorf("CLOISTER_IMAGE or CLOISTER_PLUGIN_IMAGES: %w", err)
+	}
+	if name := os.Getenv("CLOISTER_POD_NAME"); name != "" {
+		cfg.Pod = &channel.Pod{Name: name, Namespace: os.Getenv("CLOISTER_POD_NAMESPACE"), Uid: os.Getenv("CLOISTER_POD_UID")}
 	}
 	cfg.NSM, err = devNSM(keyDir)
 	return err

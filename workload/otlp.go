@@ -13,6 +13,10 @@ import (
 // the logging plugin alone.
 const LogsOTLP = "otlp"
 
+// TelemetryPort is where the telemetry plugin takes the workload's own OTLP over gRPC, on the loopback
+// device: the port that every SDK tries unless told otherwise.
+const TelemetryPort = 4317
+
 const (
 	maxRedactions = 64
 	maxRedaction  = 4096 // bytes of one expression
@@ -152,6 +156,11 @@ func (m *Manifest) validateTelemetry(bad func(string, ...any)) {
 		}
 		if len(p.Egress) > 0 {
 			bad("plugin %q: egress is not for the type %s: its config names all that it reaches", p.Name, p.Type)
+		}
+	}
+	for _, port := range m.Ports {
+		if port.Port == TelemetryPort && count[PluginTelemetry] > 0 {
+			bad("port %d is where the telemetry plugin takes the workload's own telemetry: serve another port", TelemetryPort)
 		}
 	}
 	switch p := m.Plugin(PluginLogging); {

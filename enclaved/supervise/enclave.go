@@ -55,9 +55,12 @@ type Enclave struct {
 	relay    *relay.Relay // set by Run, as the two below
 	outlets  *relay.Listeners
 	plugins  *plugin.Set
-	process  *process.Process
-	gateway  *gateway.Gateway
-	killed   string // why the workload was killed, one sentence
+	pod      *channel.Pod
+	// inProcess is set before the workload is started.
+	inProcess *plugin.InProcessSet
+	process   *process.Process
+	gateway   *gateway.Gateway
+	killed    string // why the workload was killed, one sentence
 
 	stopping context.Context // ends with the first Stop
 	stop     context.CancelFunc

@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/cloister/enclaved/image"
+	"cloister.dev/cloister/enclaved/otlp"
 	"cloister.dev/cloister/enclaved/plugin"
+	"cloister.dev/cloister/enclaved/plugins/telemetry"
 	"cloister.dev/cloister/workload"
 )
 
@@ -35,3 +38,27 @@ func (e *Enclave) startPlugins(ctx context.Context, progress func(step, failure 
 		Dial: e.relay.Dial, Progress: progress,
 	})
 }
+
+// startInProcess starts the plugins that run inside this program.
+func (e *Enclave) startInProcess() (*plugin.InProcessSet, error) {
+	pod := map[string]string{}
+	for key, value := range map[string]string{
+		"k8s.pod.name": e.pod.GetName(), "k8s.namespace.name": e.pod.GetNamespace(), "k8s.pod.uid": e.pod.GetUid(),
+	} {
+		if podValue.MatchString(value) {
+			pod[key] = value
+		}
+	}
+	return plugin.StartInProcess(plugin.InProcessConfig{
+		Manifest: e.manifest,
+		Host:     otlp.Host{Dial: e.relay.Dial, Certificate: e.vault.ClientCertificate, Pod: pod},
+		Usage: func() (telemetry.Usage, error) {
+			u, err := e.usage.Read()
+			return telemetry.Usage{MemoryUsed: u.MemoryUsed, MemoryTotal: u.MemoryTotal, CPU: u.CPU, NSMCalls: e.vault.Calls()}, err
+		},
+	})
+}
+
+// podValue is what a name or uid of Kubernetes looks like (RFC 1123, subdomain). Others come from a host
+// that plays tricks.
+var podValue = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)

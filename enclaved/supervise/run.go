@@ -16,6 +16,7 @@ import (
 
 	"cloister.dev/cloister/enclaved/gateway"
 	"cloister.dev/cloister/enclaved/image"
+	"cloister.dev/cloister/enclaved/plugins/logging"
 	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/internal/channel"
@@ -31,6 +32,8 @@ const (
 
 	// lastAnswers is how long the gateway may take to hand out what the workload answered at its end.
 	lastAnswers = 2 * time.Second
+	// lastTelemetry is how long sending what the plugins still hold may take.
+	lastTelemetry = 3 * time.Second
 )
 
 var errStopped = errors.New("the workload was stopped before it had been started")
@@ -52,6 +55,7 @@ func (e *Enclave) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) e
 		return status.Error(codes.InvalidArgument, "the manifest has egress, and the sidecar's port for it is missing")
 	}
 	e.relay = relay.New(e.secret, e.cfg.Guest, r.GetEgressPort(), endpoints)
+	e.pod = r.GetPod()
 	exited := e.run(stream.Context(), &events{stream: stream})
 	slog.Info("the workload has ended", "code", exited.GetCode(), "message", exited.GetMessage())
 	return stream.Send(&channel.RunEvent{Event: &channel.RunEvent_Exited{Exited: exited}})
@@ -95,6 +99,15 @@ func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
 		if e.outlets != nil {
 			e.outlets.Close()
 		}
+	}()
+	// Last of all, since the others' ends are told too, but before the exit: then the pod ends.
+	defer func() {
+		if e.inProcess == nil {
+			return
+		}
+		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastTelemetry)
+		defer cancel()
+		e.inProcess.Shutdown(flush)
 	}()
 	// After the gateway, which asks them.
 	defer func() {
@@ -149,6 +162,9 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if e.plugins, err = e.startPlugins(fetch, out.progress); err != nil {
 		return nil, nil, err
 	}
+	if e.inProcess, err = e.startInProcess(); err != nil {
+		return nil, nil, err
+	}
 	out.progress("starting the workload", "")
 	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory)
 	if err != nil {
@@ -162,7 +178,7 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if e.outlets, err = e.relay.Listen(hosts); err != nil {
 		return nil, nil, err
 	}
-	served := gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault}
+	served := gateway.Config{Manifest: e.manifest, Listen: e.listen, Vault: e.vault, Observe: e.inProcess.Observe()}
 	if e.plugins != nil {
 		served.Authorize, served.Reserved = e.plugins.Authorize, e.plugins.Headers()
 	}
@@ -228,27 +244,51 @@ func (e *Enclave) startProcess(spec *process.Spec, out *events) (*process.Proces
 		return nil, nil, err
 	}
 	var pipes sync.WaitGroup
-	pipes.Go(func() { out.forward(outR, channel.Output_STREAM_STDOUT) })
-	pipes.Go(func() { out.forward(errR, channel.Output_STREAM_STDERR) })
+	pipes.Go(func() { out.forward(outR, channel.Output_STREAM_STDOUT, e.inProcess.Logging) })
+	pipes.Go(func() { out.forward(errR, channel.Output_STREAM_STDERR, e.inProcess.Logging) })
 	return p, &pipes, nil
 }
 
-// forward sends what comes from r. A slow reader at the other end slows the workload down; when there
-// is none any more, the output is thrown away, so that the workload can end.
-func (s *events) forward(r *os.File, stream channel.Output_Stream) {
+// forward sends what comes from r, through the logging plugin where there is one. A slow reader at the
+// other end slows the workload down; when there is none any more, the output goes nowhere but to the
+// plugin, so that the workload can end.
+func (s *events) forward(r *os.File, stream channel.Output_Stream, log *logging.Plugin) {
 	defer r.Close()
+	w := io.WriteCloser(&output{events: s, stream: stream})
+	if log != nil {
+		name := logging.Stdout
+		if stream == channel.Output_STREAM_STDERR {
+			name = logging.Stderr
+		}
+		w = log.Lines(name, w)
+	}
+	defer w.Close()
 	b := make([]byte, chunk)
 	for {
 		n, err := r.Read(b)
-		if n > 0 {
-			// gRPC has encoded the bytes when it returns.
-			if s.send(&channel.RunEvent{Event: &channel.RunEvent_Output{Output: &channel.Output{Stream: stream, Data: b[:n]}}}) != nil {
-				io.Copy(io.Discard, r)
-				return
-			}
-		}
+		w.Write(b[:n])
 		if err != nil {
 			return
 		}
 	}
 }
+
+// output is one stream of the workload on the console.
+type output struct {
+	events *events
+	stream channel.Output_Stream
+	gone   bool // nobody reads any more
+}
+
+// Write sends b. gRPC has encoded the bytes when it returns.
+func (o *output) Write(b []byte) (int, error) {
+	for rest := b; len(rest) > 0 && !o.gone; {
+		n := min(len(rest), chunk)
+		out := &channel.Output{Stream: o.stream, Data: rest[:n]}
+		o.gone = o.events.send(&channel.RunEvent{Event: &channel.RunEvent_Output{Output: out}}) != nil
+		rest = rest[n:]
+	}
+	return len(b), nil
+}
+
+func (o *output) Close() error { return nil }

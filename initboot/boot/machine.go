@@ -33,6 +33,8 @@ type Config struct {
 	// Manifest is the workload manifest in its RFC 8785 form, and Workload what it says.
 	Manifest []byte
 	Workload *workload.Manifest
+	// Pod is what the enclave is told of its pod; nil when nothing needs it.
+	Pod *channel.Pod
 
 	// EIF is the path of the enclave image file.
 	EIF string
@@ -382,7 +384,7 @@ func (m *Machine) Run(_ *podsock.RunRequest, stream podsock.Pod_RunServer) error
 	m.mu.Lock()
 	ports := m.state.ports
 	m.mu.Unlock()
-	events, err := e.client.Run(ctx, &channel.RunRequest{EgressPort: ports.egress, CredentialsPort: ports.credentials})
+	events, err := e.client.Run(ctx, &channel.RunRequest{EgressPort: ports.egress, CredentialsPort: ports.credentials, Pod: m.cfg.Pod})
 	for err == nil {
 		var ev *channel.RunEvent
 		if ev, err = events.Recv(); err != nil {

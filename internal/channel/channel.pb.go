@@ -123,7 +123,7 @@ func (x Output_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Output_Stream.Descriptor instead.
 func (Output_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{6, 0}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7, 0}
 }
 
 type ConfigureRequest struct {
@@ -296,6 +296,7 @@ type RunRequest struct {
 	EgressPort uint32 `protobuf:"varint,1,opt,name=egress_port,json=egressPort,proto3" json:"egress_port,omitempty"`
 	// HTTP: credentials of the cloud.
 	CredentialsPort uint32 `protobuf:"varint,2,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
+	Pod             *Pod   `protobuf:"bytes,3,opt,name=pod,proto3" json:"pod,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -344,6 +345,74 @@ func (x *RunRequest) GetCredentialsPort() uint32 {
 	return 0
 }
 
+func (x *RunRequest) GetPod() *Pod {
+	if x != nil {
+		return x.Pod
+	}
+	return nil
+}
+
+// Pod names the enclave's pod. It is host-supplied: nothing proves it, and only telemetry carries it.
+type Pod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Pod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Pod) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Pod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
 type RunEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
@@ -359,7 +428,7 @@ type RunEvent struct {
 
 func (x *RunEvent) Reset() {
 	*x = RunEvent{}
-	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	mi := &file_internal_channel_channel_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -371,7 +440,7 @@ func (x *RunEvent) String() string {
 func (*RunEvent) ProtoMessage() {}
 
 func (x *RunEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	mi := &file_internal_channel_channel_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -384,7 +453,7 @@ func (x *RunEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunEvent.ProtoReflect.Descriptor instead.
 func (*RunEvent) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{4}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RunEvent) GetEvent() isRunEvent_Event {
@@ -470,7 +539,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	mi := &file_internal_channel_channel_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -482,7 +551,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	mi := &file_internal_channel_channel_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -495,7 +564,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{5}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Progress) GetStep() string {
@@ -522,7 +591,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	mi := &file_internal_channel_channel_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +603,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	mi := &file_internal_channel_channel_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +616,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{6}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Output) GetStream() Output_Stream {
@@ -573,7 +642,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	mi := &file_internal_channel_channel_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -585,7 +654,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	mi := &file_internal_channel_channel_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -598,7 +667,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{8}
 }
 
 // Exited is the last event of a run.
@@ -615,7 +684,7 @@ type Exited struct {
 
 func (x *Exited) Reset() {
 	*x = Exited{}
-	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	mi := &file_internal_channel_channel_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +696,7 @@ func (x *Exited) String() string {
 func (*Exited) ProtoMessage() {}
 
 func (x *Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	mi := &file_internal_channel_channel_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +709,7 @@ func (x *Exited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exited.ProtoReflect.Descriptor instead.
 func (*Exited) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{8}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Exited) GetCode() int32 {
@@ -670,7 +739,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	mi := &file_internal_channel_channel_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -682,7 +751,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	mi := &file_internal_channel_channel_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -695,7 +764,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{9}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProbeRequest) GetKind() ProbeKind {
@@ -730,7 +799,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[10]
+	mi := &file_internal_channel_channel_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +811,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[10]
+	mi := &file_internal_channel_channel_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +824,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{10}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ProbeResponse) GetOk() bool {
@@ -784,7 +853,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[11]
+	mi := &file_internal_channel_channel_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +865,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[11]
+	mi := &file_internal_channel_channel_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +878,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{11}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopRequest) GetDrainMs() uint32 {
@@ -834,7 +903,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[12]
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +915,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[12]
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +928,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{12}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13}
 }
 
 type StatsRequest struct {
@@ -870,7 +939,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +951,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +964,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{14}
 }
 
 type StatsResponse struct {
@@ -917,7 +986,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	mi := &file_internal_channel_channel_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +998,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	mi := &file_internal_channel_channel_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1011,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{14}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StatsResponse) GetMemoryUsed() uint64 {
@@ -1000,12 +1069,17 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\acontent\x18\x01 \x01(\rR\acontent\x12\x10\n" +
 	"\x03nsm\x18\x02 \x01(\rR\x03nsm\"/\n" +
 	"\x11ConfigureResponse\x12\x1a\n" +
-	"\bdocument\x18\x01 \x01(\fR\bdocument\"X\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"\x84\x01\n" +
 	"\n" +
 	"RunRequest\x12\x1f\n" +
 	"\vegress_port\x18\x01 \x01(\rR\n" +
 	"egressPort\x12)\n" +
-	"\x10credentials_port\x18\x02 \x01(\rR\x0fcredentialsPort\"\xf8\x01\n" +
+	"\x10credentials_port\x18\x02 \x01(\rR\x0fcredentialsPort\x12*\n" +
+	"\x03pod\x18\x03 \x01(\v2\x18.cloister.channel.v1.PodR\x03pod\"I\n" +
+	"\x03Pod\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"\xf8\x01\n" +
 	"\bRunEvent\x12;\n" +
 	"\bprogress\x18\x01 \x01(\v2\x1d.cloister.channel.v1.ProgressH\x00R\bprogress\x125\n" +
 	"\x06output\x18\x02 \x01(\v2\x1b.cloister.channel.v1.OutputH\x00R\x06output\x128\n" +
@@ -1074,7 +1148,7 @@ func file_internal_channel_channel_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_channel_channel_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_internal_channel_channel_proto_goTypes = []any{
 	(ProbeKind)(0),            // 0: cloister.channel.v1.ProbeKind
 	(Output_Stream)(0),        // 1: cloister.channel.v1.Output.Stream
@@ -1082,41 +1156,43 @@ var file_internal_channel_channel_proto_goTypes = []any{
 	(*HostPorts)(nil),         // 3: cloister.channel.v1.HostPorts
 	(*ConfigureResponse)(nil), // 4: cloister.channel.v1.ConfigureResponse
 	(*RunRequest)(nil),        // 5: cloister.channel.v1.RunRequest
-	(*RunEvent)(nil),          // 6: cloister.channel.v1.RunEvent
-	(*Progress)(nil),          // 7: cloister.channel.v1.Progress
-	(*Output)(nil),            // 8: cloister.channel.v1.Output
-	(*Started)(nil),           // 9: cloister.channel.v1.Started
-	(*Exited)(nil),            // 10: cloister.channel.v1.Exited
-	(*ProbeRequest)(nil),      // 11: cloister.channel.v1.ProbeRequest
-	(*ProbeResponse)(nil),     // 12: cloister.channel.v1.ProbeResponse
-	(*StopRequest)(nil),       // 13: cloister.channel.v1.StopRequest
-	(*StopResponse)(nil),      // 14: cloister.channel.v1.StopResponse
-	(*StatsRequest)(nil),      // 15: cloister.channel.v1.StatsRequest
-	(*StatsResponse)(nil),     // 16: cloister.channel.v1.StatsResponse
+	(*Pod)(nil),               // 6: cloister.channel.v1.Pod
+	(*RunEvent)(nil),          // 7: cloister.channel.v1.RunEvent
+	(*Progress)(nil),          // 8: cloister.channel.v1.Progress
+	(*Output)(nil),            // 9: cloister.channel.v1.Output
+	(*Started)(nil),           // 10: cloister.channel.v1.Started
+	(*Exited)(nil),            // 11: cloister.channel.v1.Exited
+	(*ProbeRequest)(nil),      // 12: cloister.channel.v1.ProbeRequest
+	(*ProbeResponse)(nil),     // 13: cloister.channel.v1.ProbeResponse
+	(*StopRequest)(nil),       // 14: cloister.channel.v1.StopRequest
+	(*StopResponse)(nil),      // 15: cloister.channel.v1.StopResponse
+	(*StatsRequest)(nil),      // 16: cloister.channel.v1.StatsRequest
+	(*StatsResponse)(nil),     // 17: cloister.channel.v1.StatsResponse
 }
 var file_internal_channel_channel_proto_depIdxs = []int32{
 	3,  // 0: cloister.channel.v1.ConfigureRequest.ports:type_name -> cloister.channel.v1.HostPorts
-	7,  // 1: cloister.channel.v1.RunEvent.progress:type_name -> cloister.channel.v1.Progress
-	8,  // 2: cloister.channel.v1.RunEvent.output:type_name -> cloister.channel.v1.Output
-	9,  // 3: cloister.channel.v1.RunEvent.started:type_name -> cloister.channel.v1.Started
-	10, // 4: cloister.channel.v1.RunEvent.exited:type_name -> cloister.channel.v1.Exited
-	1,  // 5: cloister.channel.v1.Output.stream:type_name -> cloister.channel.v1.Output.Stream
-	0,  // 6: cloister.channel.v1.ProbeRequest.kind:type_name -> cloister.channel.v1.ProbeKind
-	2,  // 7: cloister.channel.v1.Enclave.Configure:input_type -> cloister.channel.v1.ConfigureRequest
-	5,  // 8: cloister.channel.v1.Enclave.Run:input_type -> cloister.channel.v1.RunRequest
-	11, // 9: cloister.channel.v1.Enclave.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	15, // 10: cloister.channel.v1.Enclave.Stats:input_type -> cloister.channel.v1.StatsRequest
-	13, // 11: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
-	4,  // 12: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
-	6,  // 13: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
-	12, // 14: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
-	16, // 15: cloister.channel.v1.Enclave.Stats:output_type -> cloister.channel.v1.StatsResponse
-	14, // 16: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
-	12, // [12:17] is the sub-list for method output_type
-	7,  // [7:12] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	6,  // 1: cloister.channel.v1.RunRequest.pod:type_name -> cloister.channel.v1.Pod
+	8,  // 2: cloister.channel.v1.RunEvent.progress:type_name -> cloister.channel.v1.Progress
+	9,  // 3: cloister.channel.v1.RunEvent.output:type_name -> cloister.channel.v1.Output
+	10, // 4: cloister.channel.v1.RunEvent.started:type_name -> cloister.channel.v1.Started
+	11, // 5: cloister.channel.v1.RunEvent.exited:type_name -> cloister.channel.v1.Exited
+	1,  // 6: cloister.channel.v1.Output.stream:type_name -> cloister.channel.v1.Output.Stream
+	0,  // 7: cloister.channel.v1.ProbeRequest.kind:type_name -> cloister.channel.v1.ProbeKind
+	2,  // 8: cloister.channel.v1.Enclave.Configure:input_type -> cloister.channel.v1.ConfigureRequest
+	5,  // 9: cloister.channel.v1.Enclave.Run:input_type -> cloister.channel.v1.RunRequest
+	12, // 10: cloister.channel.v1.Enclave.Probe:input_type -> cloister.channel.v1.ProbeRequest
+	16, // 11: cloister.channel.v1.Enclave.Stats:input_type -> cloister.channel.v1.StatsRequest
+	14, // 12: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
+	4,  // 13: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
+	7,  // 14: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
+	13, // 15: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
+	17, // 16: cloister.channel.v1.Enclave.Stats:output_type -> cloister.channel.v1.StatsResponse
+	15, // 17: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
+	13, // [13:18] is the sub-list for method output_type
+	8,  // [8:13] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_internal_channel_channel_proto_init() }
@@ -1124,7 +1200,7 @@ func file_internal_channel_channel_proto_init() {
 	if File_internal_channel_channel_proto != nil {
 		return
 	}
-	file_internal_channel_channel_proto_msgTypes[4].OneofWrappers = []any{
+	file_internal_channel_channel_proto_msgTypes[5].OneofWrappers = []any{
 		(*RunEvent_Progress)(nil),
 		(*RunEvent_Output)(nil),
 		(*RunEvent_Started)(nil),
@@ -1136,7 +1212,7 @@ func file_internal_channel_channel_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_channel_channel_proto_rawDesc), len(file_internal_channel_channel_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

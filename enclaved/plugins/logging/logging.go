@@ -1,0 +1,175 @@
+// Package logging is the built-in logging plugin: it takes what the workload writes to its standard output
+// and error, line by line, replaces what must not leave the enclave, and hands the lines to the console, to
+// an exporter of OTLP, or to both.
+package logging
+
+import (
+	"bytes"
+	"io"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	common "go.opentelemetry.io/proto/slim/otlp/common/v1"
+	logs "go.opentelemetry.io/proto/slim/otlp/logs/v1"
+	resource "go.opentelemetry.io/proto/slim/otlp/resource/v1"
+)
+
+const (
+	// maxLine is the most of a line, in bytes, that is held back until its end is seen. A longer one goes
+	// on in pieces, and what must not leave is looked for in each of them.
+	maxLine = 64 << 10
+
+	// Records are sent when there are batch of them, and at the latest after delay.
+	batch = 512
+	delay = 200 * time.Millisecond
+
+	redacted = "[redacted]"
+	scope    = "cloister.dev/logging"
+)
+
+// Streams of a workload, as the attribute log.iostream has them (OpenTelemetry semantic conventions).
+const (
+	Stdout = "stdout"
+	Stderr = "stderr"
+)
+
+// Exporter sends log records and never waits.
+type Exporter interface {
+	Logs(*logs.ResourceLogs)
+}
+
+// Config of the plugin.
+type Config struct {
+	// Redact is what is replaced in each line.
+	Redact []*regexp.Regexp
+	// Exporter is nil when the lines go to the console alone.
+	Exporter Exporter
+	// Silent keeps them from the console.
+	Silent bool
+	// Resource is what the records come from.
+	Resource *resource.Resource
+}
+
+// Plugin is the plugin of one workload.
+type Plugin struct {
+	cfg Config
+
+	mu      sync.Mutex
+	pending []*logs.LogRecord
+	timer   *time.Timer // set while something is pending
+}
+
+// New returns a plugin that holds nothing yet.
+func New(cfg Config) *Plugin { return &Plugin{cfg: cfg} }
+
+// Start implements plugin.InProcess.
+func (p *Plugin) Start() error { return nil }
+
+// Shutdown implements plugin.InProcess: the exporter gets what is pending.
+func (p *Plugin) Shutdown() { p.flush() }
+
+// Lines returns a writer for one stream of the workload. Console gets what may be seen there, in whole
+// lines with their ends; its errors are Write's. Close hands on a last line without end.
+func (p *Plugin) Lines(stream string, console io.Writer) io.WriteCloser {
+	return &lines{plugin: p, stream: stream, console: console}
+}
+
+type lines struct {
+	plugin  *Plugin
+	stream  string
+	console io.Writer
+	rest    []byte // a line whose end has not come yet
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.rest = append(l.rest, b...)
+	used := 0
+	var out []byte
+	for {
+		n := bytes.IndexByte(l.rest[used:], '\n') + 1
+		if n == 0 {
+			if len(l.rest)-used < maxLine {
+				break
+			}
+			n = maxLine
+		}
+		out = append(out, l.plugin.line(l.stream, l.rest[used:used+n])...)
+		used += n
+	}
+	l.rest = append(l.rest[:0], l.rest[used:]...)
+	return len(b), l.print(out)
+}
+
+func (l *lines) Close() error {
+	if len(l.rest) == 0 {
+		return nil
+	}
+	out := l.plugin.line(l.stream, l.rest)
+	l.rest = nil
+	return l.print(out)
+}
+
+func (l *lines) print(out []byte) error {
+	if len(out) == 0 || l.plugin.cfg.Silent {
+		return nil
+	}
+	_, err := l.console.Write(out)
+	return err
+}
+
+// line takes a line with its end and returns what may leave of it.
+func (p *Plugin) line(stream string, line []byte) []byte {
+	text, end := bytes.CutSuffix(line, []byte("\n"))
+	for _, re := range p.cfg.Redact {
+		text = re.ReplaceAllLiteral(text, []byte(redacted))
+	}
+	if p.cfg.Exporter != nil {
+		now := uint64(time.Now().UnixNano())
+		p.add(&logs.LogRecord{
+			TimeUnixNano: now, ObservedTimeUnixNano: now,
+			Body:       str(strings.ToValidUTF8(strings.TrimSuffix(string(text), "\r"), "\uFFFD")),
+			Attributes: []*common.KeyValue{{Key: "log.iostream", Value: str(stream)}},
+		})
+	}
+	if end {
+		text = append(text[:len(text):len(text)], '\n')
+	}
+	return text
+}
+
+func str(s string) *common.AnyValue {
+	return &common.AnyValue{Value: &common.AnyValue_StringValue{StringValue: s}}
+}
+
+func (p *Plugin) add(r *logs.LogRecord) {
+	p.mu.Lock()
+	p.pending = append(p.pending, r)
+	full := len(p.pending) >= batch
+	if p.timer == nil {
+		p.timer = time.AfterFunc(delay, p.flush)
+	}
+	p.mu.Unlock()
+	if full {
+		p.flush()
+	}
+}
+
+func (p *Plugin) flush() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
+	if len(p.pending) == 0 {
+		return
+	}
+	// Under the lock, so that records keep their order. The exporter does not wait.
+	p.cfg.Exporter.Logs(&logs.ResourceLogs{
+		Resource:  p.cfg.Resource,
+		ScopeLogs: []*logs.ScopeLogs{{Scope: &common.InstrumentationScope{Name: scope}, LogRecords: p.pending}},
+	})
+	p.pending = nil
+}
