@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -132,8 +133,8 @@ func run(ctx context.Context, log *slog.Logger, namespace string) error {
 	return nil
 }
 
-// apiServer returns what serves the custom metrics API until its context ends. Who asks is checked with
-// the cluster's API server.
+// apiServer returns what serves the custom metrics API until its context ends, as soon as there is a
+// certificate. Who asks is checked with the cluster's API server.
 func apiServer(source *certs.Source, provider metrics.Provider) (func(context.Context) error, error) {
 	adapter := &cmd.AdapterBase{Name: name, FlagSet: pflag.NewFlagSet(name, pflag.ContinueOnError)}
 	adapter.InstallFlags()
@@ -148,5 +149,14 @@ func apiServer(source *certs.Source, provider metrics.Provider) (func(context.Co
 	if _, err := adapter.Server(); err != nil {
 		return nil, fmt.Errorf("make the custom metrics API: %w", err)
 	}
-	return adapter.Run, nil
+	issued := make(chan struct{})
+	source.OnIssue(sync.OnceFunc(func() { close(issued) }))
+	return func(ctx context.Context) error {
+		select {
+		case <-issued:
+			return adapter.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	}, nil
 }
