@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$REPO"
 step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
 step "build" "read the compiler's errors" go build ./...
-step "verify: format, vet, generated code" "run gofmt -w, or make generate" "$HACK/verify.sh"
+step "verify: format, vet, go.mod, generated code" "read the log's last line: it names the command that mends it" "$HACK/verify.sh"
 step "lint" "read staticcheck's findings" "$HACK/lint.sh"
 # The race detector compiles everything a second time: only what does not pull in Kubernetes' clients.
 plain=() race=()
