@@ -26,7 +26,8 @@ func TestRollout(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for from, to := range map[string]string{set: "/tmp/e2e-measurements.json", c.root: "/tmp/e2e-root.pem"} {
+	const measurements, root = nodeDir + "/measurements.json", nodeDir + "/root.pem"
+	for from, to := range map[string]string{set: measurements, c.root: root} {
 		content, err := os.ReadFile(from)
 		if err != nil {
 			t.Fatal(err)
@@ -35,7 +36,7 @@ func TestRollout(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	clients, _ := c.start(t, "load", "-addr", svc.Spec.ClusterIP+":443", "-measurements", "/tmp/e2e-measurements.json", "-root", "/tmp/e2e-root.pem")
+	clients, _ := c.start(t, "load", "-addr", svc.Spec.ClusterIP+":443", "-measurements", measurements, "-root", root)
 
 	output(t, "kubectl", "-n", ns.name, "rollout", "restart", "deployment/app")
 	output(t, "kubectl", "-n", ns.name, "rollout", "status", "deployment/app", "--timeout=180s")
