@@ -5,10 +5,9 @@ import (
 	"log/slog"
 	"time"
 
-	"cloister.dev/cloister/internal/podsock"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
+
+	"cloister.dev/cloister/internal/podsock"
 )
 
 // retryPause is short: while initboot does not answer, no traffic flows.
@@ -18,13 +17,7 @@ const retryPause = 100 * time.Millisecond
 // ends. When initboot cannot be asked its enclave is gone, or will be: apply gets an empty state, and
 // watch tries again, for ever.
 func watch(ctx context.Context, log *slog.Logger, socket string, apply func(*podsock.EnclaveState)) {
-	conn, err := grpc.NewClient("unix://"+socket,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: retryPause, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: time.Second,
-		}),
-	)
+	conn, err := podsock.Dial(socket)
 	if err != nil { // only for options that do not fit together
 		panic(err)
 	}
