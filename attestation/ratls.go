@@ -131,21 +131,6 @@ func unwrap(value []byte) ([]byte, error) {
 	return doc, err
 }
 
-// IsAttestedHello reports whether a TLS client asks for the attested certificate by listing ALPN.
-func IsAttestedHello(hello *tls.ClientHelloInfo) bool {
-	return slices.Contains(hello.SupportedProtos, ALPN)
-}
-
-// NextProtos returns what tls.Config.NextProtos of a server of the given protocols must be for this
-// client (use it in GetConfigForClient): nothing if the client lists nothing but ALPN, since
-// crypto/tls refuses an offer of which it knows no name.
-func NextProtos(hello *tls.ClientHelloInfo, protocols []string) []string {
-	if len(hello.SupportedProtos) == 1 && IsAttestedHello(hello) {
-		return nil
-	}
-	return protocols
-}
-
 // Verifier verifies the attested certificates of TLS connections. It remembers what it verified by
 // the certificate's digest until the document is too old or a certificate of its chain expires. It
 // is safe for concurrent use.
