@@ -34,7 +34,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	for _, l := range containerLists(spec) {
 		for i, c := range l.containers {
 			if isReserved(c.Name) && c.Name != Initboot && c.Name != Sidecar {
-				p.forbid(l.path.Index(i).Child("name"), "names that begin with cloister- are kept for what is injected: choose another")
+				p.forbid(l.path.Index(i).Child("name"), reservedName)
 			}
 		}
 	}
@@ -221,14 +221,7 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 		p.forbid(at.Child("memory"), "it is not what was injected")
 	}
 	for _, port := range m.Ports {
-		want := workload.Port{Name: port.Name, Port: port.Port}
-		if s := setting(cfg, port); s != nil {
-			want.Plaintext = s.Plaintext
-			if s.Protocol != workload.ProtocolHTTP {
-				want.Protocol = s.Protocol
-			}
-		}
-		if want != port {
+		if served(cfg, port.Name, port.Port) != port {
 			p.forbid(at.Child("ports"), fmt.Sprintf("what it says about port %d is not what was injected", port.Port))
 		}
 	}
