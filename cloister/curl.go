@@ -232,7 +232,11 @@ func (c *curl) client(v *attestation.Verifier) *http.Client {
 				if c.connectTo != "" {
 					addr = c.connectTo
 				}
-				return dialer.DialContext(ctx, network, addr)
+				conn, err := dialer.DialContext(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				return wholeConn{conn}, nil
 			},
 			TLSClientConfig:     v.ClientConfig(&tls.Config{NextProtos: offer}),
 			TLSHandshakeTimeout: connectTimeout,
@@ -242,6 +246,22 @@ func (c *curl) client(v *attestation.Verifier) *http.Client {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+}
+
+// errCut is the end of a connection that TLS's close_notify did not announce.
+var errCut = errors.New("the connection was cut: the enclave did not end it")
+
+// wholeConn is a connection below TLS that only the enclave can end. crypto/tls takes io.EOF between two
+// records for the end of the data, but anybody on the way can make one (RFC 8446, section 6.1), and a part
+// of an answer that ends with its connection would pass for the whole.
+type wholeConn struct{ net.Conn }
+
+func (c wholeConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err == io.EOF {
+		err = errCut
+	}
+	return n, err
 }
 
 // explain turns an error of http.Client into a sentence.

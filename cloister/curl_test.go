@@ -321,6 +321,35 @@ DEVELOPMENT, not a real enclave
 	}
 }
 
+// An answer without a length ends with its connection. Only the enclave may end it: a host that cuts the
+// connection below TLS must not make a part of the answer pass for the whole.
+func TestCurlCut(t *testing.T) {
+	for name, test := range map[string]struct {
+		end  func(*tls.Conn) error
+		code int
+	}{
+		"ended by the enclave": {(*tls.Conn).Close, 0},
+		"cut on the way":       {func(c *tls.Conn) error { return c.NetConn().Close() }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := startEnclave(t, enclaveOptions{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				c, _, err := w.(http.Hijacker).Hijack()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\npay 10")
+				test.end(c.(*tls.Conn))
+			}))
+			r := call(t, "", "curl", "--http1.1", "--root", e.root, "--measurements", writeSet(t, entry("", nil)), "https://"+e.addr+"/")
+			r.want(t, test.code)
+			if test.code != 0 {
+				r.want(t, test.code, "the connection was cut")
+			}
+		})
+	}
+}
+
 // Two files are one set: during a rollout either entry is good.
 func TestCurlTwoSets(t *testing.T) {
 	e := startEnclave(t, enclaveOptions{}, describe)
