@@ -124,6 +124,11 @@ func (p *problems) checkReserved(spec *corev1.PodSpec) {
 			if isReserved(c.Name) {
 				p.forbid(l.path.Index(i).Child("name"), reservedName)
 			}
+			for j, m := range c.VolumeMounts {
+				if isReserved(m.Name) { // the volume that it names is there after the patch
+					p.forbid(l.path.Index(i).Child("volumeMounts").Index(j), fmt.Sprintf("volume %s is only for what is injected", m.Name))
+				}
+			}
 		}
 	}
 }
