@@ -30,10 +30,11 @@ const (
 
 // probe is one probe of the manifest with its last answer.
 type probe struct {
-	spec *workload.Probe
-	turn chan struct{} // holds one token: who has it may run the probe and touch what follows
-	last *channel.ProbeResponse
-	at   time.Time
+	spec  *workload.Probe
+	turn  chan struct{} // holds one token: who has it may run the probe and touch what follows
+	last  *channel.ProbeResponse
+	at    time.Time
+	limit time.Duration // how long last could take
 }
 
 func newProbe(p *workload.Probe) *probe {
@@ -81,10 +82,13 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	case <-ctx.Done():
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	if p.last != nil && time.Since(p.at) < time.Duration(r.GetMaxAgeMs())*time.Millisecond {
+	timeout := time.Duration(r.GetTimeoutMs()) * time.Millisecond
+	// Everybody who reaches the pod can ask. A failure within less time than this request allows may be
+	// theirs: it must not fail the kubelet's probe.
+	fits := p.last != nil && (p.last.GetOk() || timeout <= p.limit)
+	if fits && time.Since(p.at) < time.Duration(r.GetMaxAgeMs())*time.Millisecond {
 		return p.last, nil
 	}
-	timeout := time.Duration(r.GetTimeoutMs()) * time.Millisecond
 	run, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
 	defer cancel()
 	err := p.run(run, w)
@@ -95,7 +99,7 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	if err != nil {
 		answer.Message = err.Error()
 	}
-	p.last, p.at = answer, time.Now()
+	p.last, p.at, p.limit = answer, time.Now(), timeout
 	return answer, nil
 }
 
