@@ -171,6 +171,10 @@ func NewVerifier(opts Options) (*Verifier, error) {
 // checked: the measurement set decides. A VerifyConnection of base runs afterwards; base.Time, if
 // set, is the clock.
 //
+// crypto/tls also returns io.EOF when the connection below it ends between two records, which anybody on
+// the way can cause. Where the end of the connection is the end of the data, the connection below must
+// turn its io.EOF into another error.
+//
 // With http.Transport set ForceAttemptHTTP2 for HTTP/2; with gRPC use credentials.NewTLS.
 func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
 	config := &tls.Config{}
