@@ -78,7 +78,7 @@ type enclave struct {
 
 	mu     sync.Mutex
 	images imagetest.Content
-	broken bool              // the content server flips a byte of each blob
+	broken bool // the content server flips a byte of each blob
 }
 
 func newEnclave(t *testing.T) *enclave {
