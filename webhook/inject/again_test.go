@@ -118,6 +118,13 @@ func TestSecondPass(t *testing.T) {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Image = "nginx" },
 			denied: "spec.containers[0].image",
 		},
+		"annotations lost, console's image": {
+			change: func(p *corev1.Pod) {
+				p.Annotations = nil
+				p.Spec.Containers[0].Image = "nginx"
+			},
+			denied: "the pod was injected and its annotations are gone",
+		},
 		"console's command": {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Command = []string{"/bin/sh"} },
 			denied: "spec.containers[0].command",
