@@ -143,6 +143,9 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 			p.forbid(path.Child("env").Index(i), e.Name+" is not what is injected: variables that begin with CLOISTER_ are kept for it")
 		}
 	}
+	for i := range have.EnvFrom {
+		p.forbid(path.Child("envFrom").Index(i), "it could set variables that begin with CLOISTER_, which are kept for what is injected: add variables one by one")
+	}
 	for _, w := range want.Env {
 		if !slices.ContainsFunc(have.Env, func(h corev1.EnvVar) bool { return h.Name == w.Name }) {
 			p.forbid(path.Child("env"), w.Name+", which was injected, is gone")

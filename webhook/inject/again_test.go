@@ -133,6 +133,12 @@ func TestSecondPass(t *testing.T) {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Args = []string{"x"} },
 			denied: "spec.containers[0].command",
 		},
+		"sidecar's envFrom": {
+			change: func(p *corev1.Pod) {
+				p.Spec.InitContainers[side].EnvFrom = []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{}}}
+			},
+			denied: "spec.initContainers[1].envFrom[0]",
+		},
 		"console's mount lost": {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].VolumeMounts = nil },
 			denied: "the mount of cloister-run at /run/cloister, which was injected, is gone",
