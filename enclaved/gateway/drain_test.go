@@ -201,8 +201,8 @@ func TestGoAway(t *testing.T) {
 	e.Drain()
 	until(t, idle, goAway, 0)
 	request(3)
-	request(5)
 	until(t, idle, data, 3)
+	request(5)
 	until(t, idle, data, 5)
 
 	// One that has not been served yet is asked too, and still served.
@@ -405,7 +405,12 @@ func TestCloseCuts(t *testing.T) {
 		io.Copy(io.Discard, c)
 	})
 	hung := serveStreams(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
-	tunnel := serveStreams(t, func(c *net.TCPConn) { io.Copy(c, c) })
+	silence := make(chan struct{})
+	defer close(silence)
+	tunnel := serveStreams(t, func(c *net.TCPConn) {
+		io.Copy(c, c)
+		<-silence // neither data nor an end
+	})
 	e := newEnclave(t, workload.Port{Port: web}, workload.Port{Port: hung}, workload.Port{Port: tunnel, Protocol: workload.ProtocolTCP})
 
 	socket := e.dial(t, web, "http/1.1")
@@ -414,6 +419,10 @@ func TestCloseCuts(t *testing.T) {
 	bytes := e.dial(t, tunnel)
 	io.WriteString(bytes, "x")
 	io.ReadFull(bytes, make([]byte, 1))
+	half := e.dial(t, tunnel)
+	io.WriteString(half, "x")
+	half.CloseWrite()
+	io.ReadFull(half, make([]byte, 1))
 	silent, err := net.Dial("tcp", e.addr(web))
 	if err != nil {
 		t.Fatal(err)
@@ -429,7 +438,7 @@ func TestCloseCuts(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, func() bool { return e.accepted.Load() == 5 })
+	eventually(t, func() bool { return e.accepted.Load() == 6 })
 
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -440,7 +449,7 @@ func TestCloseCuts(t *testing.T) {
 		t.Errorf("a second Close returned %v", again)
 	}
 	requests.Wait()
-	for _, c := range []net.Conn{socket, bytes, silent} {
+	for _, c := range []net.Conn{socket, bytes, half, silent} {
 		c.SetDeadline(time.Now().Add(10 * time.Second))
 		if _, err := io.ReadAll(c); errors.Is(err, context.DeadlineExceeded) {
 			t.Error("a connection was left open")

@@ -169,8 +169,10 @@ func (g *Gateway) cut() int {
 type conn struct {
 	net.Conn
 	gateway *Gateway
+	overTLS bool            // what it carries is TLS
+	ctx     context.Context // ends with Close, or when a tunnel is broken off
+	cancel  context.CancelFunc
 	h2      *h2Conn // set when TLS has chosen HTTP/2; guarded by Gateway.mu
-	overTLS bool    // what it carries is TLS
 }
 
 // errCut is the end of a connection without TLS's close_notify. crypto/tls takes io.EOF between two
@@ -187,6 +189,7 @@ func (c *conn) Read(p []byte) (int, error) {
 
 func (g *Gateway) track(c net.Conn, overTLS bool) *conn {
 	t := &conn{Conn: c, gateway: g, overTLS: overTLS}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.conns[t] = struct{}{}
@@ -206,6 +209,7 @@ func (c *conn) Close() error {
 	if !known {
 		return net.ErrClosed
 	}
+	c.cancel()
 	return c.Conn.Close()
 }
 
