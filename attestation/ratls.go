@@ -86,7 +86,7 @@ func DocumentFromCertificate(cert *x509.Certificate) ([]byte, error) {
 			return doc, nil
 		}
 	}
-	return nil, refuse(RuleCertificate, "the other end showed a certificate without an attestation document (extension %s): it is no attested enclave, or a server that does not know the protocol name %q", oidCMW, ALPN)
+	return nil, refuse(RuleCertificate, "the server showed a certificate without an attestation document (extension %s): it is not an attested enclave, or it does not know the protocol name %q", oidCMW, ALPN)
 }
 
 // unwrap reads the value of an id-pe-cmw extension.
@@ -131,22 +131,7 @@ func unwrap(value []byte) ([]byte, error) {
 	return doc, err
 }
 
-// IsAttestedHello reports whether a TLS client asks for the attested certificate by listing ALPN.
-func IsAttestedHello(hello *tls.ClientHelloInfo) bool {
-	return slices.Contains(hello.SupportedProtos, ALPN)
-}
-
-// NextProtos returns what tls.Config.NextProtos of a server of the given protocols must be for this
-// client (use it in GetConfigForClient): nothing if the client lists nothing but ALPN, since
-// crypto/tls refuses an offer of which it knows no name.
-func NextProtos(hello *tls.ClientHelloInfo, protocols []string) []string {
-	if len(hello.SupportedProtos) == 1 && IsAttestedHello(hello) {
-		return nil
-	}
-	return protocols
-}
-
-// Verifier verifies the attested certificates of TLS servers. It remembers what it verified by
+// Verifier verifies the attested certificates of TLS connections. It remembers what it verified by
 // the certificate's digest until the document is too old or a certificate of its chain expires. It
 // is safe for concurrent use.
 type Verifier struct {
@@ -185,6 +170,10 @@ func NewVerifier(opts Options) (*Verifier, error) {
 // verified before the client sends its first byte of data. Names and certificate authorities are not
 // checked: the measurement set decides. A VerifyConnection of base runs afterwards; base.Time, if
 // set, is the clock.
+//
+// crypto/tls also returns io.EOF when the connection below it ends between two records, which anybody on
+// the way can cause. Where the end of the connection is the end of the data, the connection below must
+// turn its io.EOF into another error.
 //
 // With http.Transport set ForceAttemptHTTP2 for HTTP/2; with gRPC use credentials.NewTLS.
 func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
@@ -228,7 +217,7 @@ func (v *Verifier) verifyConnection(state tls.ConnectionState, now time.Time) (*
 	case state.NegotiatedProtocol == ALPN:
 		return nil, refuse(RuleCertificate, "the server selected %q, which no enclave does", ALPN)
 	case len(state.PeerCertificates) != 1:
-		return nil, refuse(RuleCertificate, "the other end showed %d certificates, but an attested one stands alone", len(state.PeerCertificates))
+		return nil, refuse(RuleCertificate, "the server showed %d certificates, but an attested one stands alone", len(state.PeerCertificates))
 	}
 	cert := state.PeerCertificates[0]
 	digest := sha256.Sum256(cert.Raw)
@@ -276,65 +265,6 @@ func (v *Verifier) verifyCertificate(cert *x509.Certificate, now time.Time) (ver
 		until = limit
 	}
 	return verified{document, until}, nil
-}
-
-// ClientVerifier verifies the attested certificates of TLS clients: of enclaves that connect to a
-// server. It remembers what it verified as a Verifier does and is safe for concurrent use.
-type ClientVerifier struct {
-	v *Verifier
-}
-
-// NewClientVerifier returns a verifier for opts, which must have Measurements. UserData must be unset,
-// since it is UserDataClient: the certificate with which an enclave serves is none with which it may
-// connect. PublicKey and Now must be unset too, since the connection supplies them.
-func NewClientVerifier(opts Options) (*ClientVerifier, error) {
-	if opts.UserData != nil {
-		return nil, fmt.Errorf("create client verifier: the user data of a client is %q and must not be set", UserDataClient)
-	}
-	opts.UserData = []byte(UserDataClient)
-	v, err := NewVerifier(opts)
-	if err != nil {
-		return nil, err
-	}
-	return &ClientVerifier{v}, nil
-}
-
-// ServerConfig returns a copy of base, which must have a certificate, that serves only attested
-// enclaves: TLS 1.3 only, a client certificate demanded, full handshakes only, and the document
-// verified before the server reads a byte of data. Certificate authorities for clients are not used:
-// root and measurement set decide. A VerifyConnection of base runs afterwards; base.Time, if set, is
-// the clock.
-//
-// A client learns of a refusal when it first reads (RFC 8446, section 4.4.2). With gRPC use
-// credentials.NewTLS. A connection may outlive its document: a server that serves long ones asks
-// Document again, or limits their life.
-func (c *ClientVerifier) ServerConfig(base *tls.Config) *tls.Config {
-	config := base.Clone()
-	config.MinVersion, config.MaxVersion = tls.VersionTLS13, tls.VersionTLS13
-	config.SessionTicketsDisabled = true
-	config.ClientAuth, config.ClientCAs = tls.RequireAnyClientCert, nil
-	config.GetConfigForClient = nil // could lead around all of this
-	after := config.VerifyConnection
-	now := config.Time
-	if now == nil {
-		now = time.Now
-	}
-	config.VerifyConnection = func(state tls.ConnectionState) error {
-		if _, err := c.v.verifyConnection(state, now()); err != nil {
-			return err
-		}
-		if after != nil {
-			return after(state)
-		}
-		return nil
-	}
-	return config
-}
-
-// Document verifies an established connection and returns the client's document, which must not be
-// changed. It answers from the cache while the document is young enough, and refuses it afterwards.
-func (c *ClientVerifier) Document(state tls.ConnectionState) (*Document, error) {
-	return c.v.verifyConnection(state, time.Now())
 }
 
 // makeRoom keeps the cache bounded: it drops what has expired and, if that is not enough, all.
