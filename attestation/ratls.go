@@ -86,7 +86,7 @@ func DocumentFromCertificate(cert *x509.Certificate) ([]byte, error) {
 			return doc, nil
 		}
 	}
-	return nil, refuse(RuleCertificate, "the server showed a certificate without an attestation document (extension %s): it is not an attested enclave, or it does not know the protocol name %q", oidCMW, ALPN)
+	return nil, refuse(RuleCertificate, "the other end showed a certificate without an attestation document (extension %s): it is no attested enclave, or a server that does not know the protocol name %q", oidCMW, ALPN)
 }
 
 // unwrap reads the value of an id-pe-cmw extension.
@@ -217,7 +217,7 @@ func (v *Verifier) verifyConnection(state tls.ConnectionState, now time.Time) (*
 	case state.NegotiatedProtocol == ALPN:
 		return nil, refuse(RuleCertificate, "the server selected %q, which no enclave does", ALPN)
 	case len(state.PeerCertificates) != 1:
-		return nil, refuse(RuleCertificate, "the server showed %d certificates, but an attested one stands alone", len(state.PeerCertificates))
+		return nil, refuse(RuleCertificate, "the other end showed %d certificates, but an attested one stands alone", len(state.PeerCertificates))
 	}
 	cert := state.PeerCertificates[0]
 	digest := sha256.Sum256(cert.Raw)
@@ -265,6 +265,65 @@ func (v *Verifier) verifyCertificate(cert *x509.Certificate, now time.Time) (ver
 		until = limit
 	}
 	return verified{document, until}, nil
+}
+
+// ClientVerifier verifies the attested certificates of TLS clients: of enclaves that connect to a
+// server. It remembers what it verified as a Verifier does and is safe for concurrent use.
+type ClientVerifier struct {
+	v *Verifier
+}
+
+// NewClientVerifier returns a verifier for opts, which must have Measurements. UserData must be unset,
+// since it is UserDataClient: the certificate with which an enclave serves is none with which it may
+// connect. PublicKey and Now must be unset too, since the connection supplies them.
+func NewClientVerifier(opts Options) (*ClientVerifier, error) {
+	if opts.UserData != nil {
+		return nil, fmt.Errorf("create client verifier: the user data of a client is %q and must not be set", UserDataClient)
+	}
+	opts.UserData = []byte(UserDataClient)
+	v, err := NewVerifier(opts)
+	if err != nil {
+		return nil, err
+	}
+	return &ClientVerifier{v}, nil
+}
+
+// ServerConfig returns a copy of base, which must have a certificate, that serves only attested
+// enclaves: TLS 1.3 only, a client certificate demanded, full handshakes only, and the document
+// verified before the server reads a byte of data. Certificate authorities for clients are not used:
+// root and measurement set decide. A VerifyConnection of base runs afterwards; base.Time, if set, is
+// the clock.
+//
+// A client learns of a refusal when it first reads (RFC 8446, section 4.4.2). With gRPC use
+// credentials.NewTLS. A connection may outlive its document: a server that serves long ones asks
+// Document again, or limits their life.
+func (c *ClientVerifier) ServerConfig(base *tls.Config) *tls.Config {
+	config := base.Clone()
+	config.MinVersion, config.MaxVersion = tls.VersionTLS13, tls.VersionTLS13
+	config.SessionTicketsDisabled = true
+	config.ClientAuth, config.ClientCAs = tls.RequireAnyClientCert, nil
+	config.GetConfigForClient = nil // could lead around all of this
+	after := config.VerifyConnection
+	now := config.Time
+	if now == nil {
+		now = time.Now
+	}
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		if _, err := c.v.verifyConnection(state, now()); err != nil {
+			return err
+		}
+		if after != nil {
+			return after(state)
+		}
+		return nil
+	}
+	return config
+}
+
+// Document verifies an established connection and returns the client's document, which must not be
+// changed. It answers from the cache while the document is young enough, and refuses it afterwards.
+func (c *ClientVerifier) Document(state tls.ConnectionState) (*Document, error) {
+	return c.v.verifyConnection(state, time.Now())
 }
 
 // makeRoom keeps the cache bounded: it drops what has expired and, if that is not enough, all.
