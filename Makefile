@@ -22,7 +22,7 @@ test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be (RU
 	@hack/e2e.sh $(if $(RUN),-run '$(RUN)')
 
 .PHONY: verify
-verify: ## format, vet, and generated code that is what the .proto files give
+verify: ## format, vet, go.mod, and generated code that is what the .proto files give
 	@hack/verify.sh
 
 .PHONY: lint

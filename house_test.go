@@ -1,12 +1,14 @@
-// Package cloister holds the rules of the house: what may import what.
+// Package cloister holds the rules of the house: what may import what, and what a dependency needs.
 package cloister
 
 import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -97,6 +99,44 @@ func TestImports(t *testing.T) {
 					t.Errorf("%s imports %s: it must stay pure", own, i)
 				}
 			}
+		}
+	}
+}
+
+// Each direct requirement of go.mod has one line in docs/dependencies.md that says why, and nothing else
+// has one.
+func TestDependencies(t *testing.T) {
+	mod, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := os.ReadFile("docs/dependencies.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	required := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^\t(\S+) v\S+$`).FindAllStringSubmatch(string(mod), -1) {
+		required[m[1]] = true
+	}
+	if len(required) < 10 {
+		t.Fatalf("only %d requirements found", len(required))
+	}
+	said := map[string]bool{}
+	// A line may speak of several modules, before its first colon.
+	for _, line := range regexp.MustCompile("(?m)^- ([^:]*): ").FindAllStringSubmatch(string(doc), -1) {
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(line[1], -1) {
+			if said[m[1]] {
+				t.Errorf("docs/dependencies.md speaks of %s twice", m[1])
+			}
+			said[m[1]] = true
+			if !required[m[1]] {
+				t.Errorf("docs/dependencies.md speaks of %s, which go.mod does not require directly", m[1])
+			}
+		}
+	}
+	for m := range required {
+		if !said[m] {
+			t.Errorf("docs/dependencies.md does not say why %s: add a line", m)
 		}
 	}
 }

@@ -136,17 +136,7 @@ func IsAttestedHello(hello *tls.ClientHelloInfo) bool {
 	return slices.Contains(hello.SupportedProtos, ALPN)
 }
 
-// NextProtos returns what tls.Config.NextProtos of a server of the given protocols must be for this
-// client (use it in GetConfigForClient): nothing if the client lists nothing but ALPN, since
-// crypto/tls refuses an offer of which it knows no name.
-func NextProtos(hello *tls.ClientHelloInfo, protocols []string) []string {
-	if len(hello.SupportedProtos) == 1 && IsAttestedHello(hello) {
-		return nil
-	}
-	return protocols
-}
-
-// Verifier verifies the attested certificates of TLS servers. It remembers what it verified by
+// Verifier verifies the attested certificates of TLS connections. It remembers what it verified by
 // the certificate's digest until the document is too old or a certificate of its chain expires. It
 // is safe for concurrent use.
 type Verifier struct {
@@ -185,6 +175,10 @@ func NewVerifier(opts Options) (*Verifier, error) {
 // verified before the client sends its first byte of data. Names and certificate authorities are not
 // checked: the measurement set decides. A VerifyConnection of base runs afterwards; base.Time, if
 // set, is the clock.
+//
+// crypto/tls also returns io.EOF when the connection below it ends between two records, which anybody on
+// the way can cause. Where the end of the connection is the end of the data, the connection below must
+// turn its io.EOF into another error.
 //
 // With http.Transport set ForceAttemptHTTP2 for HTTP/2; with gRPC use credentials.NewTLS.
 func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {

@@ -229,13 +229,14 @@ func TestHTTP(t *testing.T) {
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Proto) }))
 	server.EnableHTTP2 = true
 	server.TLS = &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-		if !IsAttestedHello(hello) {
+		if !slices.Contains(hello.SupportedProtos, ALPN) {
 			return nil, nil // httptest's own
 		}
-		return &tls.Config{
-			Certificates: []tls.Certificate{attested},
-			NextProtos:   NextProtos(hello, []string{"h2", "http/1.1"}),
-		}, nil
+		config := &tls.Config{Certificates: []tls.Certificate{attested}}
+		if len(hello.SupportedProtos) > 1 {
+			config.NextProtos = []string{"h2", "http/1.1"}
+		}
+		return config, nil
 	}}
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
@@ -414,26 +415,6 @@ func TestUnwrapRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			if _, err := unwrap(tc.value); err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got error %v, want one with %q", err, tc.want)
-			}
-		})
-	}
-}
-
-func TestIsAttestedHello(t *testing.T) {
-	tests := map[string]struct {
-		protos []string
-		want   bool
-	}{
-		"none":   {nil, false},
-		"others": {[]string{"h2", "http/1.1"}, false},
-		"last":   {[]string{"h2", "http/1.1", "cloister/1"}, true},
-		"alone":  {[]string{"cloister/1"}, true},
-		"newer":  {[]string{"cloister/11"}, false},
-	}
-	for name, tc := range tests {
-		t.Run(name, func(t *testing.T) {
-			if got := IsAttestedHello(&tls.ClientHelloInfo{SupportedProtos: tc.protos}); got != tc.want {
-				t.Errorf("got %v", got)
 			}
 		})
 	}

@@ -23,10 +23,9 @@ import (
 const shortPCR = 12
 
 type measure struct {
-	files  []string
-	eif    string
-	label  string
-	output string
+	files []string
+	eif   string
+	label string
 }
 
 func newMeasure() *cobra.Command {
@@ -49,9 +48,6 @@ On stderr it says what the host of the enclave can still read and change.`,
 			if m.eif == "" {
 				return errors.New("name the enclave image with --eif: a measurement set must pin the code (PCR0, PCR1, PCR2 of that file) as well as the workload (PCR16 of the YAML); the base image is /base.eif in the initboot image, and `make run` leaves it in ~/.cache/cloister/out")
 			}
-			if m.output != "json" {
-				return fmt.Errorf("there is no output format %q, only json", m.output)
-			}
 			return failed(m.run(cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
 		},
 	}
@@ -59,7 +55,6 @@ On stderr it says what the host of the enclave can still read and change.`,
 	f.StringArrayVarP(&m.files, "filename", "f", nil, "YAML or JSON `file` with one or more documents; repeatable; - is standard input")
 	f.StringVar(&m.eif, "eif", "", "enclave image `file` that gives PCR0, PCR1 and PCR2")
 	f.StringVar(&m.label, "label", "", "`name` of the entries (default: the image's tag, else the start of PCR16)")
-	f.StringVarP(&m.output, "output", "o", "json", "output `format`: json")
 	return cmd
 }
 

@@ -8,15 +8,17 @@ import (
 	"time"
 
 	"cloister.dev/cloister/attestation"
+	"cloister.dev/cloister/webhook/inject"
 	"cloister.dev/cloister/workload"
 )
 
 // development is said of every result below a root that is not AWS's.
 const development = "DEVELOPMENT, not a real enclave"
 
-// hostNote is what holds for every enclave, whatever it runs. What holds for one workload is in its
-// manifest, which a client does not see.
-const hostNote = `the host can read: who connects, when, and how many bytes go each way; the workload's stdout and stderr
+// hostNote is what holds for every connection. What the host can do beside it depends on the workload's
+// manifest, which a client does not see: of the list that `cloister measure` prints it has the part that
+// holds for every workload.
+const hostNote = `the host can read: who connects, when, and how many bytes go each way
 the host can change: it can delay and drop, but not forge
 what else this workload shows its host: cloister measure -f FILE`
 
@@ -50,6 +52,9 @@ func printDocument(w io.Writer, d *attestation.Document, now time.Time) {
 		line("use", fmt.Sprintf("%q", d.UserData))
 	}
 	line("key", hex.EncodeToString(d.PublicKey))
+	for _, sentence := range inject.HostAccess(&workload.Manifest{}) {
+		fmt.Fprintln(w, sentence)
+	}
 	fmt.Fprintln(w, hostNote)
 }
 
@@ -60,10 +65,10 @@ func refusal(err error) (error, bool) {
 	if !errors.As(err, &refused) {
 		return nil, false
 	}
-	const lead = "not one byte of the request was sent: "
+	const unsent = "not one byte of the request was sent: "
 	var mismatch *workload.MismatchError
 	if !errors.As(err, &mismatch) {
-		return fmt.Errorf("%s%w", lead, refused), true
+		return fmt.Errorf("%s%w", unsent, refused), true
 	}
 	text := "the enclave is not the measured one"
 	switch {
@@ -81,5 +86,5 @@ func refusal(err error) (error, bool) {
 		}
 		text += fmt.Sprintf("\n  PCR%-3d expected  %s\n         seen      %s", m.PCR, m.Expected, seen)
 	}
-	return fmt.Errorf("%s%s", lead, text), true
+	return fmt.Errorf("%s%s", unsent, text), true
 }

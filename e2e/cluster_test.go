@@ -102,10 +102,19 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	if os.Getenv("CLOISTER_E2E") == "1" {
 		if c, err := setUp(); err == nil {
-			os.RemoveAll(c.dir)
+			c.tidy()
 		}
 	}
 	os.Exit(code)
+}
+
+// tidy removes what setUp has made outside the cluster's API.
+func (c *cluster) tidy() {
+	os.RemoveAll(c.dir)
+	script := `rm -rf "$1"; ctr -n k8s.io images rm "$2"`
+	if out, err := exec.Command("docker", "exec", c.node, "sh", "-c", script, "sh", nodeDir, localImage).CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "tidy up the node: %v: %s\n", err, out)
+	}
 }
 
 // build compiles the tests' own programs and brings one of them to the node.
@@ -178,12 +187,15 @@ func (c *cluster) appRef(t *testing.T, registry string) string {
 	return registry + "/testapp@" + digest.String()
 }
 
-// nodeProgram is where package node's program lies on the node.
-const nodeProgram = "/usr/local/bin/cloister-e2e"
+// nodeDir is the tests' folder on the node, nodeProgram package node's program in it.
+const (
+	nodeDir     = "/var/lib/cloister-e2e"
+	nodeProgram = nodeDir + "/node"
+)
 
 // writeOnNode writes a file on the node.
 func (c *cluster) writeOnNode(ctx context.Context, path string, content []byte) error {
-	cmd := exec.CommandContext(ctx, "docker", "exec", "-i", c.node, "sh", "-c", `cat >"$1.part" && chmod 755 "$1.part" && mv "$1.part" "$1"`, "sh", path)
+	cmd := exec.CommandContext(ctx, "docker", "exec", "-i", c.node, "sh", "-c", `mkdir -p "${1%/*}" && cat >"$1.part" && chmod 755 "$1.part" && mv "$1.part" "$1"`, "sh", path)
 	cmd.Stdin = bytes.NewReader(content)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("write %s on the node: %w: %s", path, err, out)

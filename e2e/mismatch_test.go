@@ -35,6 +35,7 @@ func TestMismatch(t *testing.T) {
 	for name, change := range map[string]func(*workload.Measurement){
 		"PCR0":  func(m *workload.Measurement) { m.PCR0 = flipDigit(m.PCR0) },
 		"PCR1":  func(m *workload.Measurement) { m.PCR1 = flipDigit(m.PCR1) },
+		"PCR2":  func(m *workload.Measurement) { m.PCR2 = flipDigit(m.PCR2) },
 		"PCR16": func(m *workload.Measurement) { m.PCR16 = flipDigit(m.PCR16) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -85,7 +86,7 @@ func TestSetThatPinsTooLittle(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := c.curl(t, addr, writeFile(t, "set.json", b), "/")
-			if r.code == 0 || !strings.Contains(r.stderr, tt.want) {
+			if r.code != 1 || !strings.Contains(r.stderr, tt.want) {
 				t.Errorf("exit code %d, stderr %q, want a refusal with %q", r.code, r.stderr, tt.want)
 			}
 		})

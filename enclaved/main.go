@@ -6,6 +6,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
 	"net"
 	"os"
@@ -28,6 +30,9 @@ func main() {
 	process.Helper()
 	plugin.Main()
 	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)).With("component", "enclaved"))
+	// net/http's client logs the first bytes of an answer that nobody asked for through this logger. They
+	// are the workload's, and the host reads what is logged.
+	log.SetOutput(io.Discard)
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "enclaved is the init of an enclave and runs nowhere else: initboot starts it")
 		os.Exit(2)

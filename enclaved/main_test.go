@@ -1,10 +1,7 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"io"
 	"net"
@@ -16,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"cloister.dev/cloister/enclaved/image/imagetest"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/nsm/nsmtest"
 	"cloister.dev/cloister/internal/vsock"
@@ -98,38 +96,13 @@ func build(t *testing.T, program, dir string) {
 // newContent is a content server with one image, whose only file is the program.
 func newContent(t *testing.T, program string) (h http.Handler, digest string) {
 	t.Helper()
-	b, err := os.ReadFile(program)
+	app, err := os.ReadFile(program)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	w.WriteHeader(&tar.Header{Name: "app", Mode: 0o755, Size: int64(len(b))})
-	w.Write(b)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	mux := http.NewServeMux()
-	add := func(kind string, b []byte) map[string]any {
-		sum := sha256.Sum256(b)
-		digest := "sha256:" + hex.EncodeToString(sum[:])
-		mux.HandleFunc("/"+kind+"/"+digest, func(w http.ResponseWriter, _ *http.Request) { w.Write(b) })
-		return map[string]any{"digest": digest, "size": len(b), "mediaType": "application/vnd.oci.image.layer.v1.tar"}
-	}
-	encode := func(v any) []byte {
-		b, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	l := add("blobs", layer.Bytes())
-	c := add("blobs", encode(map[string]any{
-		"os": "linux", "architecture": "amd64", "config": map[string]any{"Entrypoint": []string{"/app"}},
-		"rootfs": map[string]any{"diff_ids": []any{l["digest"]}},
-	}))
-	m := add("manifests", encode(map[string]any{"schemaVersion": 2, "config": c, "layers": []any{l}}))
-	return mux, m["digest"].(string)
+	content := imagetest.Content{}
+	digest = content.Add(t, app, map[string]any{"Entrypoint": []string{"/app"}})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(content[r.URL.Path]) }), digest
 }
 
 // serveModule connects each stream to the module.

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Usage: docker.sh start|stop. Starts an engine of our own when none answers: own socket, data and
-# pid file in the cache folder, so that nothing else on the machine is disturbed; stops only that one.
+# Usage: docker.sh start|stop|own. Starts an engine of our own when none answers: own socket, data and
+# pid file in the cache folder, so that nothing else on the machine is disturbed; stops only that one;
+# tells by the exit status whether that one runs.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 pidfile=$RUN/docker.pid data=$CACHE/docker

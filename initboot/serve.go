@@ -31,7 +31,7 @@ func serve(args []string) int {
 	f := flags("serve")
 	driverName := f.String("driver", "process", "how the enclave is launched: `process`")
 	image := f.String("eif", "/base.eif", "enclave image `file`")
-	runDir := f.String("run-dir", "/run/cloister", "`folder` that the pod's containers of Cloister share")
+	runDir := f.String("run-dir", filepath.Dir(podsock.Path), "`folder` that the pod's containers of Cloister share")
 	cacheDir := f.String("cache-dir", "/var/cache/cloister", "`folder` of the image cache")
 	keyDir := f.String("dev-keys", "/etc/cloister/dev", "`folder` of the development NSM's root.pem and key.pem, in builds that have one")
 	if !parse(f, args, os.Stderr) {
@@ -58,7 +58,7 @@ func serve(args []string) int {
 	server := grpc.NewServer()
 	podsock.RegisterPodServer(server, machine)
 
-	go servePod(ctx, server, filepath.Join(*runDir, "pod.sock"))
+	go servePod(ctx, server, filepath.Join(*runDir, filepath.Base(podsock.Path)))
 	machine.Serve(ctx)
 	// The enclave is gone; console and sidecar are told before the socket goes.
 	stop := time.AfterFunc(farewell, server.Stop)

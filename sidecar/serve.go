@@ -49,7 +49,7 @@ type config struct {
 
 func defaults() config {
 	return config{
-		podSocket:      "/run/cloister/pod.sock",
+		podSocket:      podsock.Path,
 		dir:            "/run/cloister-sidecar",
 		envoyBinary:    "/envoy",
 		maxConnections: envoy.MaxConnections(),

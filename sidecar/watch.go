@@ -5,10 +5,9 @@ import (
 	"log/slog"
 	"time"
 
-	"cloister.dev/cloister/internal/podsock"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
+
+	"cloister.dev/cloister/internal/podsock"
 )
 
 // retryPause is short: while initboot does not answer, no traffic flows.
@@ -16,13 +15,7 @@ const retryPause = 100 * time.Millisecond
 
 // dialPod returns a client of initboot's socket, and what closes it.
 func dialPod(socket string) (client podsock.PodClient, closeConn func() error) {
-	conn, err := grpc.NewClient("unix://"+socket,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: retryPause, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: time.Second,
-		}),
-	)
+	conn, err := podsock.Dial(socket)
 	if err != nil { // only for options that do not fit together
 		panic(err)
 	}

@@ -19,7 +19,8 @@ const PCRSize = 48
 //
 // An entry pins code and workload: PCR16 (the workload manifest) and either PCR0 (the whole EIF),
 // or PCR1 and PCR2 (kernel with first ramdisk, and the other ramdisks), or PCR8 (the certificate
-// that signed the EIF). PCR3 (role) and PCR4 (instance) narrow it further.
+// that signed the EIF; all zero is every EIF that nobody signed, and pins nothing). PCR3 (role) and
+// PCR4 (instance) narrow it further.
 type Measurement struct {
 	// Label names the entry for people, for example "1.4.0".
 	Label string `json:"label,omitempty"`
@@ -57,7 +58,7 @@ func (m Measurement) Validate() error {
 	if m.PCR16 == "" {
 		return errors.New("it pins no workload: add PCR16, as `cloister measure -f` prints it")
 	}
-	if m.PCR0 == "" && (m.PCR1 == "" || m.PCR2 == "") && m.PCR8 == "" {
+	if m.PCR0 == "" && (m.PCR1 == "" || m.PCR2 == "") && strings.Trim(m.PCR8, "0") == "" {
 		return errors.New("it pins no code: add PCR0, or PCR1 and PCR2, or PCR8, as `cloister measure --eif` prints them")
 	}
 	return nil

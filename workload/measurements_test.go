@@ -80,6 +80,7 @@ func TestParseMeasurementsRefuses(t *testing.T) {
 		"only the code":          {entry(pcr0 + `,"PCR1":"` + reg(1) + `","PCR2":"` + reg(2) + `"`), "pins no workload"},
 		"PCR1 without PCR2":      {entry(`"PCR1":"` + reg(1) + `",` + pcr16), "pins no code"},
 		"PCR2 without PCR1":      {entry(`"PCR2":"` + reg(2) + `",` + pcr16), "pins no code"},
+		"PCR8 of no signature":   {entry(`"PCR8":"` + reg(0) + `",` + pcr16), "pins no code"},
 		"only role and instance": {entry(`"PCR3":"` + reg(3) + `","PCR4":"` + reg(4) + `",` + pcr16), "pins no code"},
 		"the second is bad":      {`{"measurements":[{` + pcr0 + `,` + pcr16 + `},{"label":"b",` + pcr16 + `}]}`, "entry 2 (b): it pins no code"},
 	}

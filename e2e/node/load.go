@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,13 +28,14 @@ type client struct {
 	Protocol    string   `json:"protocol"` // of the last answer
 
 	name, path, want string
+	protocol         string // offered by ALPN
 	http             *http.Client
 	dialed           atomic.Int64
 }
 
-// load asks testapp at ADDR with three clients: one with a new connection for each request, one that
-// keeps an HTTP/2 connection, and one that does so with requests that take 2 seconds. It prints at
-// the end what became of every request. All verify the enclave on every connection.
+// load asks testapp at ADDR with several clients at once. It prints at the end what became of every
+// request. All verify the enclave on every connection, and post, so that net/http does not quietly
+// repeat a request that may have arrived.
 func load(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	addr := flags.String("addr", "", "`HOST:PORT` of the Service")
@@ -47,10 +49,14 @@ func load(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := reach(ctx, *addr); err != nil {
+		return err
+	}
 	clients := []*client{
-		{name: "fresh", path: "/echo?here", want: "here"},
-		{name: "kept", path: "/echo?here", want: "here"},
-		{name: "slow", path: "/slow?for=2s", want: "done"},
+		{name: "fresh", protocol: "http/1.1", path: "/echo", want: body}, // a connection for each request
+		{name: "kept", protocol: "h2", path: "/echo", want: body},
+		{name: "kept HTTP/1.1", protocol: "http/1.1", path: "/echo", want: body},
+		{name: "slow", protocol: "h2", path: "/slow?for=2s", want: "done"},
 	}
 	var ready, done sync.WaitGroup
 	for _, c := range clients {
@@ -58,14 +64,10 @@ func load(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
-		base := &tls.Config{NextProtos: []string{"h2", "http/1.1"}}
-		if c.name == "fresh" {
-			base.NextProtos = []string{"http/1.1"}
-		}
 		transport := &http.Transport{
-			TLSClientConfig:   verifier.ClientConfig(base),
+			TLSClientConfig:   verifier.ClientConfig(&tls.Config{NextProtos: []string{c.protocol}}),
 			DisableKeepAlives: c.name == "fresh",
-			ForceAttemptHTTP2: c.name != "fresh",
+			ForceAttemptHTTP2: c.protocol == "h2",
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 				c.dialed.Add(1)
 				var d net.Dialer
@@ -85,6 +87,24 @@ func load(ctx context.Context, args []string) error {
 		result[c.name] = c
 	}
 	return json.NewEncoder(os.Stdout).Encode(result)
+}
+
+// reach waits until addr accepts connections: a Service is there some time before the node knows.
+func reach(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	for {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", addr)
+		if err == nil {
+			return c.Close()
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 func options(measurements, root string) (attestation.Options, error) {
@@ -123,19 +143,22 @@ func (c *client) run(ctx context.Context, url string, every time.Duration, ready
 	}
 }
 
+// body is what every request carries.
+const body = "here"
+
 func (c *client) ask(url string) error {
-	r, err := c.http.Get(url)
+	r, err := c.http.Post(url, "text/plain", strings.NewReader(body))
 	if err != nil {
 		return err
 	}
 	defer r.Body.Close()
-	body, err := io.ReadAll(r.Body)
+	answer, err := io.ReadAll(r.Body)
 	if err != nil {
 		return err
 	}
 	c.Protocol = r.Proto
-	if r.StatusCode != http.StatusOK || string(body) != c.want {
-		return errors.New(r.Status + ": " + string(body))
+	if r.StatusCode != http.StatusOK || string(answer) != c.want {
+		return errors.New(r.Status + ": " + string(answer))
 	}
 	return nil
 }

@@ -16,9 +16,14 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"cloister.dev/cloister/workload"
 )
+
+// roundTrip is how long requests may be on their way from a client that does not know yet that it has
+// to leave.
+const roundTrip = time.Second
 
 // Vault is what the gateway needs of the vault.
 type Vault interface {
@@ -105,39 +110,53 @@ func (g *Gateway) request() (end func()) {
 	return func() { g.inflight.Add(-1) }
 }
 
-// Drain asks every client to leave, now or with the next answer, and returns at once. No request fails
-// because of it, and new connections are still served.
+// Drain asks every client to leave: over HTTP/1 with its next answer, over HTTP/2 now, or when its
+// connection is a second old. It returns at once. No request fails because of it, and new connections
+// are served in the same way.
 func (g *Gateway) Drain() {
 	g.draining.Store(true)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for c := range g.conns {
-		// A connection without a request is told with its first one, as a new connection is: no client
-		// takes a connection for broken that has served it.
-		if c.h2 != nil && c.h2.used.Load() {
-			c.h2.leave()
+		if c.h2 != nil {
+			c.h2.leaveSoon()
 		}
 	}
 }
 
 // Close stops accepting, lets requests and streams end as long as ctx allows, and then cuts what is
-// left, which is an error. Later calls wait for the first and return the same.
+// left, which is an error. HTTP/2 clients that Drain has not asked to leave get a second for it. Later
+// calls wait for the first and return the same.
 func (g *Gateway) Close(ctx context.Context) error {
 	g.once.Do(func() { g.err = g.close(ctx) })
 	return g.err
 }
 
 func (g *Gateway) close(ctx context.Context) error {
-	g.Drain()
+	g.draining.Store(true)
 	for _, p := range g.ports {
 		p.stopAccepting()
 	}
+	surprised := false
 	g.mu.Lock()
 	g.closing = true
 	if len(g.conns) == 0 {
 		close(g.empty)
 	}
+	for c := range g.conns {
+		if c.h2 != nil && !c.h2.asked.Load() {
+			surprised = true
+			go c.h2.leave()
+		}
+	}
 	g.mu.Unlock()
+	if surprised { // what they send meanwhile is served
+		select {
+		case <-time.After(roundTrip):
+		case <-g.empty:
+		case <-ctx.Done():
+		}
+	}
 
 	var ports sync.WaitGroup
 	for _, p := range g.ports {
@@ -177,8 +196,10 @@ func (g *Gateway) cut() int {
 type conn struct {
 	net.Conn
 	gateway *Gateway
+	overTLS bool            // what it carries is TLS
+	ctx     context.Context // ends with Close, or when a tunnel is broken off
+	cancel  context.CancelFunc
 	h2      *h2Conn // set when TLS has chosen HTTP/2; guarded by Gateway.mu
-	overTLS bool    // what it carries is TLS
 }
 
 // errCut is the end of a connection without TLS's close_notify. crypto/tls takes io.EOF between two
@@ -195,6 +216,7 @@ func (c *conn) Read(p []byte) (int, error) {
 
 func (g *Gateway) track(c net.Conn, overTLS bool) *conn {
 	t := &conn{Conn: c, gateway: g, overTLS: overTLS}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.conns[t] = struct{}{}
@@ -214,6 +236,7 @@ func (c *conn) Close() error {
 	if !known {
 		return net.ErrClosed
 	}
+	c.cancel()
 	return c.Conn.Close()
 }
 

@@ -4,6 +4,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // h2Conn is a connection that speaks HTTP/2, with TLS ended. It can ask the client to leave.
@@ -14,42 +15,48 @@ import (
 // are served. h2Conn sends that frame between two frames of net/http's.
 type h2Conn struct {
 	net.Conn // not a *tls.Conn: net/http must not take it for one
-	used     atomic.Bool
-	once     sync.Once
+	since    time.Time
+	asked    atomic.Bool // the client shall leave
 
 	mu     sync.Mutex
 	frames frames
-	asked  bool // the client shall leave
-	told   bool // and has been told
+	told   bool // GOAWAY has been sent
 }
+
+// stay is how long a new connection is kept in any case. A client that comes back to a gateway that
+// drains must not lose each connection as soon as it has it: several requests that wait for one
+// connection would take turns in dialling.
+const stay = time.Second
 
 // goAway is a GOAWAY frame with the greatest last stream identifier and NO_ERROR.
 var goAway = []byte{0, 0, 8, 0x7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0}
 
 // speakHTTP2 makes an h2Conn of c, whose plaintext is stream.
 func (c *conn) speakHTTP2(stream net.Conn) *h2Conn {
-	h := &h2Conn{Conn: stream}
+	h := &h2Conn{Conn: stream, since: time.Now()}
 	c.gateway.mu.Lock()
 	defer c.gateway.mu.Unlock()
 	c.h2 = h
+	if c.gateway.draining.Load() { // else Drain sees h
+		h.leaveSoon()
+	}
 	return h
 }
 
-// leave asks the client to leave. It does not wait for a client that does not read.
+// leaveSoon asks the client to leave when the connection is no longer new. It does not wait.
+func (c *h2Conn) leaveSoon() { time.AfterFunc(stay-time.Since(c.since), c.leave) }
+
+// leave asks the client to leave. It waits while a client that does not read blocks a write.
 func (c *h2Conn) leave() {
-	c.once.Do(func() {
-		go func() {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.asked = true
-			c.tell() // a failed write shows to net/http too
-		}()
-	})
+	c.asked.Store(true)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tell() // a failed write shows to net/http too
 }
 
 // tell sends GOAWAY if that is due and the last frame is whole. c.mu is held.
 func (c *h2Conn) tell() error {
-	if !c.asked || c.told || !c.frames.between() {
+	if c.told || !c.asked.Load() || !c.frames.between() {
 		return nil
 	}
 	c.told = true
@@ -67,7 +74,7 @@ func (c *h2Conn) Write(p []byte) (n int, err error) {
 		end := n
 		for end < len(p) {
 			end += c.frames.next(p[end:])
-			if c.asked && !c.told {
+			if !c.told && c.asked.Load() {
 				break // after this frame
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,8 @@ type enclave struct {
 	*gateway.Gateway
 	module    *nsmtest.Module
 	canonical []byte
+
+	accepted, open atomic.Int64 // connections
 
 	mu        sync.Mutex
 	listeners map[uint32]net.Listener
@@ -83,7 +86,44 @@ func (e *enclave) listen(port uint32) (net.Listener, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.listeners[port] = l
-	return l, nil
+	return &counted{l, e}, nil
+}
+
+// counted counts the connections that its gateway accepts and has open.
+type counted struct {
+	net.Listener
+	e *enclave
+}
+
+func (l *counted) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.e.accepted.Add(1)
+	l.e.open.Add(1)
+	return &countedConn{TCPConn: c.(*net.TCPConn), e: l.e}, nil
+}
+
+type countedConn struct {
+	*net.TCPConn
+	e    *enclave
+	once sync.Once
+}
+
+func (c *countedConn) Close() error {
+	c.once.Do(func() { c.e.open.Add(-1) })
+	return c.TCPConn.Close()
+}
+
+// eventually waits until a condition holds.
+func eventually(t *testing.T, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the condition did not come about")
+		}
+	}
 }
 
 // addr is where the gateway listens for port.

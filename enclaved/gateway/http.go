@@ -51,15 +51,11 @@ func newWeb(p *port, plaintext bool) *web {
 	}
 	w.h1 = newServer(func(p *http.Protocols) { p.SetHTTP1(true) }, w)
 	w.h2 = newServer(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) }, w)
-	w.h2.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		return context.WithValue(ctx, h2Key{}, c)
-	}
 	w.http1 = w.transport(func(p *http.Protocols) { p.SetHTTP1(true) })
 	w.grpc = w.transport(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) })
 	w.proxy = &httputil.ReverseProxy{
 		Rewrite:        w.rewrite,
 		Transport:      w,
-		FlushInterval:  -1,
 		ErrorLog:       quiet,
 		BufferPool:     bufferPool{},
 		ModifyResponse: w.modify,
@@ -101,9 +97,6 @@ func (w *web) end() {
 	w.grpc.CloseIdleConnections()
 }
 
-// h2Key is the context key of a request's *h2Conn.
-type h2Key struct{}
-
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	defer func() {
 		if e := recover(); e != nil {
@@ -113,13 +106,6 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // the one that net/http does not log
 		}
 	}()
-	if c, ok := r.Context().Value(h2Key{}).(*h2Conn); ok {
-		// In this order, so that either Drain or this request sees the other.
-		c.used.Store(true)
-		if w.port.gateway.draining.Load() {
-			c.leave()
-		}
-	}
 	switch {
 	case r.Method == http.MethodConnect:
 		rw.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
@@ -197,6 +183,11 @@ func isGRPC(contentType string) bool {
 }
 
 func (w *web) modify(res *http.Response) error {
+	// ReverseProxy passes on at once what has no known length, and the length is in the header anyway.
+	// Without a body it must not: the header of a gRPC answer that is only trailers ends its stream.
+	if res.ContentLength > 0 && res.Body != http.NoBody {
+		res.ContentLength = -1
+	}
 	if res.StatusCode != http.StatusSwitchingProtocols {
 		w.dismiss(res.Header, res.Request)
 	}

@@ -164,7 +164,7 @@ func (p *port) serve(c *conn) {
 
 // handshake does not log failures: anybody can cause them.
 func (p *port) handshake(c *conn) (*tls.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	ctx, cancel := context.WithTimeout(c.ctx, handshakeTimeout)
 	defer cancel()
 	t := tls.Server(c, p.tls)
 	err := t.HandshakeContext(ctx)
@@ -191,7 +191,7 @@ func (p *port) stopAccepting() {
 
 // shutdown ends gracefully what runs on the port, as long as ctx allows.
 func (p *port) shutdown(ctx context.Context) {
-	p.streams.Wait() // each is bounded: by handshakeTimeout, or by its connection
+	p.streams.Wait() // each ends with its connection at the latest
 	if p.web != nil {
 		p.web.shutdown(ctx)
 	}

@@ -25,22 +25,35 @@ func (p *port) tunnel(c *conn, client duplex) {
 	defer c.Close()
 	defer p.gateway.request()()
 	d := net.Dialer{Timeout: dialTimeout}
-	dialed, err := d.Dial("tcp", p.upstream)
+	dialed, err := d.DialContext(c.ctx, "tcp", p.upstream)
 	if err != nil {
-		slog.Warn("connect to the workload", "port", p.number, "error", err)
+		if c.ctx.Err() == nil {
+			slog.Warn("connect to the workload", "port", p.number, "error", err)
+		}
 		return
 	}
 	up := dialed.(*net.TCPConn)
 	defer up.Close()
-	abort := func() {
-		up.SetLinger(0) // a reset, not an end
-		up.Close()
-		c.Close() // without TLS's close_notify
+	var both sync.WaitGroup
+	// Closing c without TLS's close_notify is what breaks the stream off.
+	both.Go(func() { forward(up, client, c.cancel) })
+	both.Go(func() { forward(client, up, c.cancel) })
+	ended := make(chan struct{})
+	go func() {
+		both.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		if c.ctx.Err() == nil {
+			return
+		}
+	case <-c.ctx.Done(): // broken off, or cut by Gateway.Close
 	}
-	var in sync.WaitGroup
-	in.Go(func() { forward(up, client, abort) })
-	forward(client, up, abort)
-	in.Wait()
+	up.SetLinger(0) // a reset, not an end
+	up.Close()
+	c.Close()
+	<-ended
 }
 
 // forward copies until src ends, and ends dst. If src breaks off it calls abort. If dst takes no more

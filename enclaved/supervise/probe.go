@@ -30,10 +30,11 @@ const (
 
 // probe is one probe of the manifest with its last answer.
 type probe struct {
-	spec *workload.Probe
-	turn chan struct{} // holds one token: who has it may run the probe and touch what follows
-	last *channel.ProbeResponse
-	at   time.Time
+	spec  *workload.Probe
+	turn  chan struct{} // holds one token: who has it may run the probe and touch what follows
+	last  *channel.ProbeResponse
+	at    time.Time
+	limit time.Duration // how long last could take
 }
 
 func newProbe(p *workload.Probe) *probe {
@@ -81,10 +82,13 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	case <-ctx.Done():
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	if p.last != nil && time.Since(p.at) < time.Duration(r.GetMaxAgeMs())*time.Millisecond {
+	timeout := time.Duration(r.GetTimeoutMs()) * time.Millisecond
+	// Everybody who reaches the pod can ask. A failure within less time than this request allows may be
+	// theirs: it must not fail the kubelet's probe.
+	fits := p.last != nil && (p.last.GetOk() || timeout <= p.limit)
+	if fits && time.Since(p.at) < time.Duration(r.GetMaxAgeMs())*time.Millisecond {
 		return p.last, nil
 	}
-	timeout := time.Duration(r.GetTimeoutMs()) * time.Millisecond
 	run, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
 	defer cancel()
 	err := p.run(run, w)
@@ -95,7 +99,7 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	if err != nil {
 		answer.Message = err.Error()
 	}
-	p.last, p.at = answer, time.Now()
+	p.last, p.at, p.limit = answer, time.Now(), timeout
 	return answer, nil
 }
 
@@ -157,32 +161,42 @@ func runHTTP(ctx context.Context, p *workload.HTTPProbe) error {
 				return http.ErrUseLastResponse // another host is not asked; the redirect is an answer
 			}
 			if len(via) >= maxRedirects {
-				return fmt.Errorf("stopped after %d redirects", maxRedirects)
+				return errTooManyRedirects
 			}
 			return nil
 		},
 	}
 	res, err := client.Do(req)
 	if err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("http probe: %w", context.Cause(ctx))
-		}
-		if u, ok := errors.AsType[*url.Error](err); ok {
-			err = u.Err // a redirect's address is the workload's word
-		}
-		return fmt.Errorf("http probe: %w", err)
+		return httpError(ctx, err)
 	}
 	defer res.Body.Close()
 	if _, err := io.Copy(io.Discard, io.LimitReader(res.Body, maxBody)); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return fmt.Errorf("http probe: read the answer: %w", err)
+		return httpError(ctx, err)
 	}
 	if res.StatusCode < http.StatusOK || res.StatusCode >= http.StatusBadRequest {
 		return fmt.Errorf("http probe: status %d", res.StatusCode)
 	}
 	return nil
+}
+
+var errTooManyRedirects = fmt.Errorf("stopped after %d redirects", maxRedirects)
+
+// httpError says why there is no whole answer. The host reads it, and errors of net/http may quote what
+// the workload sent, so only those pass that cannot.
+func httpError(ctx context.Context, err error) error {
+	var dial *net.OpError
+	switch {
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case errors.Is(err, errTooManyRedirects):
+		err = errTooManyRedirects
+	case errors.As(err, &dial) && dial.Op == "dial":
+		err = dial
+	default:
+		err = errors.New("the workload gave no valid answer")
+	}
+	return fmt.Errorf("http probe: %w", err)
 }
 
 // setDefault sets a header that is missing, and takes away one that was set to nothing.

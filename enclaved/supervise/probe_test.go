@@ -3,6 +3,7 @@ package supervise
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -26,6 +27,17 @@ func TestHTTPProbe(t *testing.T) {
 			http.Redirect(w, r, "/500", http.StatusFound)
 		case "/loop":
 			http.Redirect(w, r, "/loop", http.StatusFound)
+		case "/nowhere":
+			w.Header().Set("Location", "http://%secret words")
+			w.WriteHeader(http.StatusFound)
+		case "/greeting":
+			c, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.WriteString(c, "220 secret words\r\n")
+			c.Close()
 		case "/slow":
 			<-r.Context().Done()
 		default:
@@ -52,10 +64,12 @@ func TestHTTPProbe(t *testing.T) {
 		"503":                   {workload.HTTPProbe{Port: port(plain), Path: "/503?x=y"}, "http probe: status 503"},
 		"https":                 {workload.HTTPProbe{Port: port(secure), Path: "/200", Scheme: "HTTPS"}, ""},
 		"http to https":         {workload.HTTPProbe{Port: port(secure), Path: "/200"}, "http probe: status 400"},
-		"https to http":         {workload.HTTPProbe{Port: port(plain), Path: "/200", Scheme: "HTTPS"}, "server gave HTTP response"},
+		"https to http":         {workload.HTTPProbe{Port: port(plain), Path: "/200", Scheme: "HTTPS"}, "no valid answer"},
 		"redirect elsewhere":    {workload.HTTPProbe{Port: port(plain), Path: "/away"}, ""},
 		"redirect here":         {workload.HTTPProbe{Port: port(plain), Path: "/on"}, "http probe: status 500"},
 		"redirect for ever":     {workload.HTTPProbe{Port: port(plain), Path: "/loop"}, "stopped after 10 redirects"},
+		"redirect nowhere":      {workload.HTTPProbe{Port: port(plain), Path: "/nowhere"}, "no valid answer"},
+		"another protocol":      {workload.HTTPProbe{Port: port(plain), Path: "/greeting"}, "no valid answer"},
 		"nobody listens":        {workload.HTTPProbe{Port: closed}, "connection refused"},
 		"takes too long":        {workload.HTTPProbe{Port: port(plain), Path: "/slow"}, "http probe: too long"},
 		"a path that is no URL": {workload.HTTPProbe{Port: port(plain), Path: "/%zz"}, ""},

@@ -1,13 +1,9 @@
 package supervise
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -25,6 +21,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"cloister.dev/cloister/enclaved/image/imagetest"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/nsm"
@@ -80,8 +77,8 @@ type enclave struct {
 	secret vsock.Secret
 
 	mu     sync.Mutex
-	images map[string][]byte // by path of the content server
-	broken bool              // the content server flips a byte of each blob
+	images imagetest.Content
+	broken bool // the content server flips a byte of each blob
 }
 
 func newEnclave(t *testing.T) *enclave {
@@ -98,7 +95,7 @@ func newEnclave(t *testing.T) *enclave {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &enclave{sockets: sockets{dir}, secret: vsock.NewSecret(), images: map[string][]byte{}}
+	e := &enclave{sockets: sockets{dir}, secret: vsock.NewSecret(), images: imagetest.Content{}}
 	module := nsmtest.New(t)
 	served := New(Config{
 		Guest: e.sockets, Children: process.NewChildren(), Self: self, Dir: t.TempDir(), Memory: 64 << 20,
@@ -158,34 +155,9 @@ func (e *enclave) addImage(t *testing.T, config map[string]any) string {
 // addImageOf serves an image with one program, /app.
 func (e *enclave) addImageOf(t *testing.T, program []byte, config map[string]any) string {
 	t.Helper()
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	w.WriteHeader(&tar.Header{Name: "app", Mode: 0o755, Size: int64(len(program))})
-	w.Write(program)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	add := func(kind string, b []byte) map[string]any {
-		sum := sha256.Sum256(b)
-		digest := "sha256:" + hex.EncodeToString(sum[:])
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.images["/"+kind+"/"+digest] = b
-		return map[string]any{"digest": digest, "size": len(b), "mediaType": "application/vnd.oci.image.layer.v1.tar"}
-	}
-	encode := func(v any) []byte {
-		b, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	l := add("blobs", layer.Bytes())
-	c := add("blobs", encode(map[string]any{
-		"os": "linux", "architecture": "amd64", "config": config,
-		"rootfs": map[string]any{"diff_ids": []any{l["digest"]}},
-	}))
-	return add("manifests", encode(map[string]any{"schemaVersion": 2, "config": c, "layers": []any{l}}))["digest"].(string)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.images.Add(t, program, config)
 }
 
 func (e *enclave) configure(t *testing.T, m *workload.Manifest) {
@@ -479,7 +451,9 @@ func TestServeAndProbe(t *testing.T) {
 		expect(probe(liveness, 10*time.Second, 0), false, "exec probe: the command ended with status 5")
 		expect(probe(readiness, 50*time.Millisecond, 0), false, "exec probe: no answer within 50ms")
 		// Young enough: no command runs, so that no time passes.
-		expect(probe(readiness, time.Hour, time.Hour), false, "exec probe: no answer within 50ms")
+		expect(probe(readiness, 50*time.Millisecond, time.Hour), false, "exec probe: no answer within 50ms")
+		// With more time it might have succeeded.
+		expect(probe(readiness, 60*time.Millisecond, time.Hour), false, "exec probe: no answer within 60ms")
 
 		tlsConn := e.dialTLS(t, port)
 		fmt.Fprintf(tlsConn, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -337,7 +337,7 @@ func TestNoSecretInPrint(t *testing.T) {
 	if _, err := v.Measure(t.Context(), manifest); err != nil {
 		t.Fatal(err)
 	}
-	encoded, err := json.Marshal(v)
+	encoded, err := json.Marshal(map[string]any{"vault": v})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -351,7 +351,7 @@ func TestNoSecretInPrint(t *testing.T) {
 		},
 	})).Info("m", "vault", v)
 	got := []string{string(encoded), fmt.Sprintf("%v %+v %#v %s %d", v, v, v, v, v), logged.String()}
-	want := []string{"{}", "vault vault vault vault vault", `{"level":"INFO","msg":"m","vault":{}}` + "\n"}
+	want := []string{`{"vault":{}}`, "vault vault vault vault vault", `{"level":"INFO","msg":"m","vault":{}}` + "\n"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}

@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ "$(id -u)" = 0 ] || die "the node image needs chroot and mount: run this as root"
 hint="read the log, then run the same command again: it goes on where it stopped"
-(cd "$REPO" && go build -o "$WS/bin/mkimage" ./hack/mkimage)
+(cd "$REPO" && GOFLAGS=-buildvcs=false go build -o "$WS/bin/mkimage" ./hack/mkimage)
 step "node image: Kubernetes $K8S_VERSION" "$hint" "$NODE/kubernetes.sh"
 step "node image: containerd, runc, CNI, etcd, CoreDNS" "$hint" "$NODE/runtime.sh"
 step "node image: Debian root file system" "$hint" "$NODE/rootfs.sh"

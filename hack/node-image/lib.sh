@@ -5,6 +5,8 @@ NODE=$HACK/node-image
 WS=${WS:-$CACHE/node-image}
 SRC=$WS/src K8S_BIN=$WS/bin/kubernetes RUNTIME_BIN=$WS/bin/runtime IMAGES=$WS/images
 ROOTFS=$WS/rootfs
+# The modules are wrappers written here, whose sums go fills in.
+export GOFLAGS="$GOFLAGS -mod=mod"
 mkdir -p "$SRC" "$K8S_BIN" "$RUNTIME_BIN" "$IMAGES"
 export TMPDIR=$WS/tmp
 mkdir -p "$TMPDIR"

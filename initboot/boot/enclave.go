@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"math/rand/v2"
 	"net"
@@ -149,7 +150,8 @@ func (e *enclave) openPorts() error {
 	server := &http.Server{
 		Handler:           e.cfg.Content,
 		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          log.New(discard{}, "", 0),
+		// Connections of the enclave that end in the middle are no news.
+		ErrorLog: log.New(io.Discard, "", 0),
 	}
 	go server.Serve(content)
 	e.undo(func() { server.Close() })
@@ -181,11 +183,6 @@ func (e *enclave) openPorts() error {
 	e.ports.Nsm = nsmPort
 	return nil
 }
-
-// discard drops what net/http logs about connections of the enclave that end in the middle.
-type discard struct{}
-
-func (discard) Write(b []byte) (int, error) { return len(b), nil }
 
 // listenAny listens on a free host port above all containerPorts, behind the enclave's secret.
 func (e *enclave) listenAny() (net.Listener, uint32, error) {

@@ -9,9 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/internal/channel"
@@ -43,18 +40,6 @@ type Console struct {
 
 	mu      sync.Mutex
 	started time.Time // of the workload
-}
-
-// Dial returns a connection to initboot's socket, which need not be there yet: calls fail until it is,
-// or wait for it with grpc.WaitForReady. The caller closes it.
-func Dial(socket string) (*grpc.ClientConn, error) {
-	return grpc.NewClient("unix://"+socket,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithIdleTimeout(0),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
-		}),
-	)
 }
 
 // Run runs the workload and returns the exit code and, where it does not speak for itself, a sentence

@@ -98,7 +98,7 @@ type result struct {
 
 func (i *initboot) console(t *testing.T, grace time.Duration) *running {
 	t.Helper()
-	conn, err := Dial(i.socket)
+	conn, err := podsock.Dial(i.socket)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,8 +4,6 @@
 // 	protoc        (unknown)
 // source: internal/podsock/podsock.proto
 
-// The pod socket, /run/cloister/pod.sock: initboot serves it to the console and the sidecar of its pod.
-
 package podsock
 
 import (

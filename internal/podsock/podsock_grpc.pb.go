@@ -4,8 +4,6 @@
 // - protoc             (unknown)
 // source: internal/podsock/podsock.proto
 
-// The pod socket, /run/cloister/pod.sock: initboot serves it to the console and the sidecar of its pod.
-
 package podsock
 
 import (
@@ -33,6 +31,8 @@ const (
 // PodClient is the client API for Pod service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Pod is what initboot serves to the console and the sidecar of its pod.
 type PodClient interface {
 	// Watch streams the state of the enclave: the present one at once, then every change.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[EnclaveState], error)
@@ -143,6 +143,8 @@ func (c *podClient) Stop(ctx context.Context, in *channel.StopRequest, opts ...g
 // PodServer is the server API for Pod service.
 // All implementations must embed UnimplementedPodServer
 // for forward compatibility.
+//
+// Pod is what initboot serves to the console and the sidecar of its pod.
 type PodServer interface {
 	// Watch streams the state of the enclave: the present one at once, then every change.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[EnclaveState]) error

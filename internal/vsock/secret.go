@@ -106,10 +106,15 @@ func (s Secret) proveAcceptor(c net.Conn, port uint32) error {
 	return c.SetDeadline(time.Time{})
 }
 
+// maxUnproven is how many connections of one listener may be without a proof at a time. Whoever fills
+// them delays others for preambleTimeout at most, instead of taking all descriptors.
+const maxUnproven = 256
+
 // Listen returns a listener that accepts from l, and whose Accept returns only connections whose other
 // end has proven the secret for port. Closing it closes l.
 func (s Secret) Listen(l net.Listener, port uint32) net.Listener {
 	p := newPortListener(l.Addr(), func() { l.Close() })
+	unproven := make(chan struct{}, maxUnproven)
 	go func() {
 		defer p.Close()
 		for {
@@ -125,8 +130,11 @@ func (s Secret) Listen(l net.Listener, port uint32) net.Listener {
 				}
 				continue
 			}
+			unproven <- struct{}{}
 			go func() {
-				if err := s.proveAcceptor(c, port); err != nil {
+				err := s.proveAcceptor(c, port)
+				<-unproven
+				if err != nil {
 					c.Close()
 					return
 				}

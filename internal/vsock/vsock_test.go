@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -182,4 +183,57 @@ func TestSecretIsBoundToItsPort(t *testing.T) {
 	if !errors.Is(err, ErrProof) {
 		t.Errorf("got %v, want ErrProof", err)
 	}
+}
+
+// Strangers that connect and say nothing must not take all descriptors.
+func TestSecretBoundsStrangers(t *testing.T) {
+	g := guest(t)
+	secret := NewSecret()
+	inner, _ := g.Listen(80)
+	counted := &countingListener{Listener: inner}
+	l := secret.Listen(counted, 80)
+	defer l.Close()
+	dial := func(ctx context.Context, port uint32) (net.Conn, error) {
+		return Dial(ctx, "unix://"+g.path, port)
+	}
+	var strangers []net.Conn
+	defer func() {
+		for _, c := range strangers {
+			c.Close()
+		}
+	}()
+	// One is accepted and waits for its turn, the next one is not even accepted.
+	for range maxUnproven + 2 {
+		c, err := dial(t.Context(), 80)
+		if err != nil {
+			t.Fatal(err)
+		}
+		strangers = append(strangers, c)
+	}
+	if n := counted.accepted.Load(); n > maxUnproven+1 {
+		t.Errorf("%d connections without a proof were accepted, at most %d may be", n, maxUnproven+1)
+	}
+	// When they leave, the enclave's own sidecar comes through.
+	for _, c := range strangers {
+		c.Close()
+	}
+	go echo(l)
+	c, err := secret.Dial(t.Context(), 80, dial)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c)
+}
+
+type countingListener struct {
+	net.Listener
+	accepted atomic.Int64
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.accepted.Add(1)
+	}
+	return c, err
 }

@@ -55,11 +55,18 @@ var Table = []Annotation{
 // Any reports whether there is an annotation under our prefix.
 func Any(annotations map[string]string) bool {
 	for k := range annotations {
-		if strings.HasPrefix(k, Prefix) {
+		if ours(k) {
 			return true
 		}
 	}
 	return false
+}
+
+// ours tells whether a key is under our prefix, in any case: API servers accept annotations with capital
+// letters (k8s.io/apimachinery/pkg/api/validation, ValidateAnnotations), and such a typo must not run in
+// the open either.
+func ours(key string) bool {
+	return len(key) >= len(Prefix) && strings.EqualFold(key[:len(Prefix)], Prefix)
 }
 
 // Check reports every unknown key under our prefix, every value that is not valid, and that Enclave is
@@ -75,7 +82,7 @@ func Check(annotations map[string]string, path *field.Path) field.ErrorList {
 	}
 	var unknown []string
 	for k := range annotations {
-		if strings.HasPrefix(k, Prefix) && !slices.Contains(keys, k) {
+		if ours(k) && !slices.Contains(keys, k) {
 			unknown = append(unknown, k)
 		}
 	}
@@ -83,7 +90,7 @@ func Check(annotations map[string]string, path *field.Path) field.ErrorList {
 	for _, k := range unknown {
 		hint := "known are " + strings.Join(keys, ", ")
 		// The common prefix would make every key look alike.
-		if n := config.Nearest(strings.TrimPrefix(k, Prefix), suffixes(keys)); n != "" {
+		if n := config.Nearest(strings.ToLower(k[len(Prefix):]), suffixes(keys)); n != "" {
 			hint = fmt.Sprintf("did you mean %q?", Prefix+n)
 		}
 		errs = append(errs, field.Forbidden(path.Key(k), "there is no such annotation, "+hint))

@@ -15,6 +15,7 @@ func TestCheck(t *testing.T) {
 		"only the name":   {annotations: map[string]string{Enclave: "app", "example.com/x": "y"}},
 		"all":             {annotations: map[string]string{Enclave: "app", Config: "{apiVersion: cloister.dev/v1alpha1, kind: EnclaveConfig}", Measurements: "{}"}},
 		"typo":            {annotations: map[string]string{Prefix + "enclav": "app"}, want: []string{`did you mean "cloister.dev/enclave"?`, "name the container"}},
+		"capitals":        {annotations: map[string]string{"Cloister.dev/Enclave": "app"}, want: []string{`did you mean "cloister.dev/enclave"?`, "name the container"}},
 		"typo beside it":  {annotations: map[string]string{Enclave: "app", Prefix + "confg": ""}, want: []string{`did you mean "cloister.dev/config"?`}},
 		"far from all":    {annotations: map[string]string{Enclave: "app", Prefix + "rev": "1"}, want: []string{"known are cloister.dev/enclave"}},
 		"not a name":      {annotations: map[string]string{Enclave: "App "}, want: []string{"write the name of one container"}},
@@ -37,7 +38,7 @@ func TestCheck(t *testing.T) {
 }
 
 func TestAny(t *testing.T) {
-	for key, want := range map[string]bool{Enclave: true, Prefix + "x": true, "cloister.dev": false, "x.cloister.dev/enclave": false} {
+	for key, want := range map[string]bool{Enclave: true, Prefix + "x": true, "Cloister.DEV/enclave": true, "cloister.dev": false, "x.cloister.dev/enclave": false} {
 		if got := Any(map[string]string{key: ""}); got != want {
 			t.Errorf("Any(%q) = %v", key, got)
 		}

@@ -4,6 +4,7 @@
 package config
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"sigs.k8s.io/yaml"
 
 	"cloister.dev/cloister/workload"
@@ -73,6 +75,10 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 	if err != nil {
 		return nil, field.ErrorList{field.Invalid(path, field.OmitValueType{}, fmt.Sprintf("this is not YAML: %v", err))}
 	}
+	// It reads the first document only: what a second one says would be lost.
+	if n := documents(doc); n > 1 {
+		return nil, field.ErrorList{field.Invalid(path, field.OmitValueType{}, fmt.Sprintf("it has %d YAML documents: write one", n))}
+	}
 	c := &EnclaveConfig{}
 	r := &reader{}
 	fields, ok := r.object(path, data)
@@ -123,6 +129,20 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 		return nil, r.errs
 	}
 	return c, nil
+}
+
+// documents counts the YAML documents in doc that hold something.
+func documents(doc string) int {
+	n := 0
+	for r := utilyaml.NewYAMLReader(bufio.NewReader(strings.NewReader(doc))); ; {
+		d, err := r.Read()
+		if err != nil { // io.EOF: the reader has no other error of its own
+			return n
+		}
+		if len(bytes.TrimSpace(d)) > 0 {
+			n++
+		}
+	}
 }
 
 // reader decodes JSON values and collects what is wrong with them.

@@ -65,6 +65,7 @@ func TestParse(t *testing.T) {
 		"no cpus":               {doc: head + "cpus: 0", errs: "from 1 to 512"},
 		"port is a string":      {doc: head + "ports: [{port: '80'}]", errs: "config.ports[0].port: Invalid value: write a port number"},
 		"port 0":                {doc: head + "ports: [{port: 0}]", errs: "from 1 to 65535"},
+		"two documents":         {doc: head + "---\n" + head + "memory: 1Gi", errs: "it has 2 YAML documents"},
 		"neither port nor name": {doc: head + "ports: [{protocol: tcp}]", errs: "by either port or name"},
 		"both":                  {doc: head + "ports: [{port: 1, name: a}]", errs: "by either port or name"},
 		"misspelt port field":   {doc: head + "ports: [{port: 1, plaintex: true}]", errs: `did you mean "plaintext"?`},

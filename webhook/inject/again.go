@@ -34,7 +34,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	for _, l := range containerLists(spec) {
 		for i, c := range l.containers {
 			if isReserved(c.Name) && c.Name != Initboot && c.Name != Sidecar {
-				p.forbid(l.path.Index(i).Child("name"), "names that begin with cloister- are kept for what is injected: choose another")
+				p.forbid(l.path.Index(i).Child("name"), reservedName)
 			}
 		}
 	}
@@ -144,6 +144,9 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 			p.forbid(path.Child("env").Index(i), e.Name+" is not what is injected: variables that begin with CLOISTER_ are kept for it")
 		}
 	}
+	for i := range have.EnvFrom {
+		p.forbid(path.Child("envFrom").Index(i), "it could set variables that begin with CLOISTER_, which are kept for what is injected: add variables one by one")
+	}
 	for _, w := range want.Env {
 		if !slices.ContainsFunc(have.Env, func(h corev1.EnvVar) bool { return h.Name == w.Name }) {
 			p.forbid(path.Child("env"), w.Name+", which was injected, is gone")
@@ -227,14 +230,7 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 	p.comparePlugins(at, cfg, m)
 	p.compareKMS(at, cfg, m)
 	for _, port := range m.Ports {
-		want := workload.Port{Name: port.Name, Port: port.Port}
-		if s := setting(cfg, port); s != nil {
-			want.Plaintext = s.Plaintext
-			if s.Protocol != workload.ProtocolHTTP {
-				want.Protocol = s.Protocol
-			}
-		}
-		if want != port {
+		if served(cfg, port.Name, port.Port) != port {
 			p.forbid(at.Child("ports"), fmt.Sprintf("what it says about port %d is not what was injected", port.Port))
 		}
 	}

@@ -118,6 +118,13 @@ func TestSecondPass(t *testing.T) {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Image = "nginx" },
 			denied: "spec.containers[0].image",
 		},
+		"annotations lost, console's image": {
+			change: func(p *corev1.Pod) {
+				p.Annotations = nil
+				p.Spec.Containers[0].Image = "nginx"
+			},
+			denied: "the pod was injected and its annotations are gone",
+		},
 		"console's command": {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Command = []string{"/bin/sh"} },
 			denied: "spec.containers[0].command",
@@ -125,6 +132,12 @@ func TestSecondPass(t *testing.T) {
 		"console's args": {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].Args = []string{"x"} },
 			denied: "spec.containers[0].command",
+		},
+		"sidecar's envFrom": {
+			change: func(p *corev1.Pod) {
+				p.Spec.InitContainers[side].EnvFrom = []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{}}}
+			},
+			denied: "spec.initContainers[1].envFrom[0]",
 		},
 		"console's mount lost": {
 			change: func(p *corev1.Pod) { p.Spec.Containers[0].VolumeMounts = nil },

@@ -120,16 +120,20 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 
 // checkReserved refuses names of ours in a pod that has not been injected.
 func (p *problems) checkReserved(spec *corev1.PodSpec) {
-	const sentence = "names that begin with cloister- are kept for what is injected: choose another"
 	for i, v := range spec.Volumes {
 		if isReserved(v.Name) {
-			p.forbid(specPath.Child("volumes").Index(i).Child("name"), sentence)
+			p.forbid(specPath.Child("volumes").Index(i).Child("name"), reservedName)
 		}
 	}
 	for _, l := range containerLists(spec) {
 		for i, c := range l.containers {
 			if isReserved(c.Name) {
-				p.forbid(l.path.Index(i).Child("name"), sentence)
+				p.forbid(l.path.Index(i).Child("name"), reservedName)
+			}
+			for j, m := range c.VolumeMounts {
+				if isReserved(m.Name) { // the volume that it names is there after the patch
+					p.forbid(l.path.Index(i).Child("volumeMounts").Index(j), fmt.Sprintf("volume %s is only for what is injected", m.Name))
+				}
 			}
 		}
 	}
@@ -294,14 +298,7 @@ func (p *problems) ports(path *field.Path, c *corev1.Container, cfg *config.Encl
 		if port.HostIP != "" {
 			p.notBuilt(path.Child("hostIP"), "an address of the node")
 		}
-		w := workload.Port{Name: port.Name, Port: uint32(port.ContainerPort)}
-		if s := setting(cfg, w); s != nil {
-			w.Plaintext = s.Plaintext
-			if s.Protocol != workload.ProtocolHTTP {
-				w.Protocol = s.Protocol
-			}
-		}
-		out = append(out, w)
+		out = append(out, served(cfg, port.Name, uint32(port.ContainerPort)))
 	}
 	at := annotationsPath.Key(annotation.Config).Child("ports")
 	seen := map[uint32]bool{}
@@ -337,14 +334,18 @@ func matches(s config.Port, w workload.Port) bool {
 	return s.Port == w.Port || s.Name != "" && s.Name == w.Name
 }
 
-// setting returns what the config says about a port, or nil.
-func setting(cfg *config.EnclaveConfig, w workload.Port) *config.Port {
-	for i := range cfg.Ports {
-		if matches(cfg.Ports[i], w) {
-			return &cfg.Ports[i]
-		}
+// served is a containerPort as the config says it is served.
+func served(cfg *config.EnclaveConfig, name string, port uint32) workload.Port {
+	w := workload.Port{Name: name, Port: port}
+	i := slices.IndexFunc(cfg.Ports, func(s config.Port) bool { return matches(s, w) })
+	if i < 0 {
+		return w
 	}
-	return nil
+	w.Plaintext = cfg.Ports[i].Plaintext
+	if p := cfg.Ports[i].Protocol; p != workload.ProtocolHTTP {
+		w.Protocol = p
+	}
+	return w
 }
 
 // lowestPort returns the lowest port that the workload serves, or 65536.

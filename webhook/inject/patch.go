@@ -18,20 +18,37 @@ import (
 // decode reads JSON as the API server does: field names are case-sensitive.
 func decode(data []byte, into any) error { return utiljson.Unmarshal(data, into) }
 
+// named is what has a name.
+type named struct {
+	Name string `json:"name"`
+}
+
 // Patch decides about one pod, as JSON without duplicate keys. It returns no operations for a pod without
-// annotations under our prefix and for one that is injected already; the operations that inject it; or
-// every reason why it is denied. Warnings are for the author of the pod. Fields that this version's
-// k8s.io/api does not know survive.
+// annotations under our prefix that was not injected either, and for one that is injected already; the
+// operations that inject it; or every reason why it is denied. Warnings are for the author of the pod.
+// Fields that this version's k8s.io/api does not know survive.
 func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.ErrorList) {
 	var head struct {
 		Metadata struct {
 			Annotations map[string]string `json:"annotations"`
 		} `json:"metadata"`
+		Spec struct {
+			InitContainers []struct {
+				Name string  `json:"name"`
+				Env  []named `json:"env"`
+			} `json:"initContainers"`
+		} `json:"spec"`
 	}
 	if err := decode(pod, &head); err != nil {
 		return nil, nil, undecodable(err)
 	}
 	if !annotation.Any(head.Metadata.Annotations) {
+		for _, c := range head.Spec.InitContainers {
+			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e named) bool { return e.Name == envManifest }) {
+				// Another webhook took them away. It could have taken the console too.
+				return nil, nil, field.ErrorList{field.Required(annotationsPath.Key(annotation.Enclave), "the pod was injected and its annotations are gone")}
+			}
+		}
 		return nil, nil, nil
 	}
 	var typed struct {

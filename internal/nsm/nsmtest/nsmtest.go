@@ -54,6 +54,13 @@ func New(t testing.TB) *Module {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return boot(signer)
+}
+
+// Next returns the module of the next enclave of the same EIF, below the same root.
+func (m *Module) Next() *Module { return boot(m.signer) }
+
+func boot(signer *nsmdev.Signer) *Module {
 	m := &Module{signer: signer, pcrs: map[uint][]byte{}, locked: map[uint]bool{}}
 	for i := range uint(registers) {
 		m.pcrs[i] = make([]byte, workload.PCRSize)

@@ -32,8 +32,11 @@ const (
 	Sidecar  = "cloister-sidecar"
 )
 
-// reserved is the prefix of our containers' and volumes' names.
-const reserved = "cloister-"
+// reserved is the prefix of our containers' and volumes' names, reservedName what others are told.
+const (
+	reserved     = "cloister-"
+	reservedName = "names that begin with " + reserved + " are kept for what is injected: choose another"
+)
 
 func isReserved(name string) bool { return strings.HasPrefix(name, reserved) }
 
