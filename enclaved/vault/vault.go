@@ -62,6 +62,7 @@ type Vault struct {
 	key         *ecdsa.PrivateKey // set by Measure, never handed out but inside a tls.Certificate
 	publicKey   []byte            // SubjectPublicKeyInfo, DER
 	certificate atomic.Pointer[tls.Certificate]
+	imported    atomic.Pointer[tls.Certificate] // set by UseCertificate
 	waiting     chan struct{}
 
 	clientMu sync.Mutex // one ClientCertificate at a time
@@ -205,8 +206,12 @@ func (v *Vault) keepYoung() {
 	}
 }
 
-// Certificate returns the attested certificate, for tls.Config.GetCertificate. It never waits.
-func (v *Vault) Certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+// Certificate returns the attested certificate, or to a client that does not ask for it the one of
+// UseCertificate, if there is one. It is for tls.Config.GetCertificate, and never waits.
+func (v *Vault) Certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if c := v.imported.Load(); c != nil && !attestation.IsAttestedHello(hello) {
+		return c, nil
+	}
 	if c := v.certificate.Load(); c != nil {
 		return c, nil
 	}
