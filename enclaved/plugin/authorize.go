@@ -145,7 +145,8 @@ func (p *instance) verdict(res *authv3.CheckResponse) (*gateway.Verdict, error) 
 		if !httpguts.ValidHeaderFieldValue(value) {
 			return nil, fmt.Errorf("the plugin sets the header %q to what is no header value", name)
 		}
-		if name := http.CanonicalHeaderKey(name); o.GetAppend().GetValue() {
+		// The client's own value is gone already, so this is about several of one plugin's.
+		if name := http.CanonicalHeaderKey(name); o.GetAppendAction() == corev3.HeaderValueOption_APPEND_IF_EXISTS_OR_ADD {
 			v.Set.Add(name, value)
 		} else {
 			v.Set.Set(name, value)

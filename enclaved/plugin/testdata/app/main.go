@@ -20,7 +20,6 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 type app struct {
@@ -95,7 +94,7 @@ func (a *app) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.CheckR
 		a.frozen.Store(true)
 	case "/set":
 		return passed(&authv3.OkHttpResponse{
-			Headers:              []*corev3.HeaderValueOption{header("X-Set", "1"), added("x-set", "2")},
+			Headers:              []*corev3.HeaderValueOption{header("x-set", "0"), overwritten("X-Set", "1"), header("x-set", "2")},
 			HeadersToRemove:      []string{"x-remove"},
 			ResponseHeadersToAdd: []*corev3.HeaderValueOption{header("x-answer", "yes")},
 		}), nil
@@ -132,9 +131,9 @@ func header(key, value string) *corev3.HeaderValueOption {
 	return &corev3.HeaderValueOption{Header: &corev3.HeaderValue{Key: key, Value: value}}
 }
 
-func added(key, value string) *corev3.HeaderValueOption {
+func overwritten(key, value string) *corev3.HeaderValueOption {
 	h := header(key, value)
-	h.Append = wrapperspb.Bool(true)
+	h.AppendAction = corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD
 	return h
 }
 
