@@ -44,7 +44,7 @@ var Table = []Annotation{
 	},
 	{
 		Key: Config, Type: "EnclaveConfig (YAML)", Validate: validateConfig,
-		Sentence: "Settings of the enclave: memory, cpus, ports, egress.",
+		Sentence: "Settings of the enclave: memory, cpus, ports, egress, plugins.",
 	},
 	{
 		Key: Measurements, Type: "measurement (JSON)", Validate: func(string, *field.Path) field.ErrorList { return nil },
