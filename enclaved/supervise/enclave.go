@@ -52,10 +52,12 @@ type Enclave struct {
 	ports    *channel.HostPorts
 	vault    *vault.Vault
 	running  bool         // Run was called
-	relay    *relay.Relay // set by Run, as the two below
+	relay    *relay.Relay // set by Run, as the four below
 	outlets  *relay.Listeners
 	plugins  *plugin.Set
 	pod      *channel.Pod
+	// credentialsPort is the host's.
+	credentialsPort uint32
 	// inProcess is set before the workload is started.
 	inProcess *plugin.InProcessSet
 	process   *process.Process

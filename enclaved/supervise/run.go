@@ -54,6 +54,10 @@ func (e *Enclave) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) e
 	if len(endpoints) > 0 && r.GetEgressPort() == 0 {
 		return status.Error(codes.InvalidArgument, "the manifest has egress, and the sidecar's port for it is missing")
 	}
+	if e.manifest.KMS != nil && r.GetCredentialsPort() == 0 {
+		return status.Error(codes.InvalidArgument, "the manifest has kms, and the sidecar's port for credentials is missing")
+	}
+	e.credentialsPort = r.GetCredentialsPort()
 	e.relay = relay.New(e.secret, e.cfg.Guest, r.GetEgressPort(), endpoints)
 	e.pod = r.GetPod()
 	exited := e.run(stream.Context(), &events{stream: stream})
@@ -159,6 +163,10 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if err != nil {
 		return nil, nil, err
 	}
+	secrets, err := e.openSecrets(fetch, out.progress)
+	if err != nil {
+		return nil, nil, err
+	}
 	if e.plugins, err = e.startPlugins(fetch, out.progress); err != nil {
 		return nil, nil, err
 	}
@@ -168,6 +176,9 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	out.progress("starting the workload", "")
 	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory)
 	if err != nil {
+		return nil, nil, err
+	}
+	if err := e.deliver(secrets, spec); err != nil {
 		return nil, nil, err
 	}
 	hosts, err := relay.Hosts(e.manifest.Egress)

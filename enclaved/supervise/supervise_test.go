@@ -75,6 +75,7 @@ type enclave struct {
 	channel.EnclaveClient
 	sockets
 	secret vsock.Secret
+	module *nsmtest.Module
 
 	mu     sync.Mutex
 	images imagetest.Content
@@ -95,12 +96,11 @@ func newEnclave(t *testing.T) *enclave {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &enclave{sockets: sockets{dir}, secret: vsock.NewSecret(), images: imagetest.Content{}}
-	module := nsmtest.New(t)
+	e := &enclave{sockets: sockets{dir}, secret: vsock.NewSecret(), module: nsmtest.New(t), images: imagetest.Content{}}
 	served := New(Config{
 		Guest: e.sockets, Children: process.NewChildren(), Self: self, Dir: t.TempDir(), Memory: 64 << 20,
 		OpenModule: func(func(context.Context) (net.Conn, error)) (nsm.Provider, error) {
-			return nsm.NewDevelopment(module.Dial), nil
+			return nsm.NewDevelopment(e.module.Dial), nil
 		},
 	})
 	host, guest := net.Pipe()
@@ -184,7 +184,12 @@ type result struct {
 // follow runs the workload; on is called after each event and may be nil.
 func (e *enclave) follow(t *testing.T, on func(*result, *channel.RunEvent)) *result {
 	t.Helper()
-	s, err := e.Run(t.Context(), &channel.RunRequest{})
+	return e.followRun(t, &channel.RunRequest{}, on)
+}
+
+func (e *enclave) followRun(t *testing.T, request *channel.RunRequest, on func(*result, *channel.RunEvent)) *result {
+	t.Helper()
+	s, err := e.Run(t.Context(), request)
 	if err != nil {
 		t.Fatal(err)
 	}

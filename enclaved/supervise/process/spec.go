@@ -116,6 +116,13 @@ func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64) (
 	return s, nil
 }
 
+// SetEnv sets a variable whatever the image and the manifest say. Nothing refers to it with $(VAR).
+func (s *Spec) SetEnv(name, value string) {
+	env := environment{s.Env}
+	env.set(name + "=" + value)
+	s.Env = env.list
+}
+
 // ProbeArgs expands a probe's command as the kubelet does: with the manifest's variables as written.
 func (s *Spec) ProbeArgs(command []string) []string {
 	var args []string
