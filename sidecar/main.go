@@ -52,6 +52,7 @@ func serve(log *slog.Logger) error {
 	if c.egress, err = parseEgress(os.Getenv("CLOISTER_EGRESS")); err != nil {
 		return err
 	}
+	c.awsRegion = os.Getenv("CLOISTER_AWS_REGION")
 	if err := raiseFileLimit(); err != nil {
 		return err
 	}

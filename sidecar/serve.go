@@ -39,6 +39,7 @@ const (
 type config struct {
 	ports          []uint16
 	egress         []string // "host:port" that the enclave may reach
+	awsRegion      string   // of the KMS that the enclave uses; empty when it uses none
 	podSocket      string
 	dir            string // on tmpfs
 	envoyBinary    string
@@ -67,9 +68,11 @@ type sidecar struct {
 	relay *relay.Relay
 	// egress is nil where the enclave may reach nothing.
 	egress *relay.Egress
-	xds    *xds.Server
-	pod    podsock.PodClient
-	admin  *envoy.Admin
+	// credentials is nil where the enclave needs none.
+	credentials *relay.Egress
+	xds         *xds.Server
+	pod         podsock.PodClient
+	admin       *envoy.Admin
 
 	mu       sync.Mutex
 	state    *podsock.EnclaveState
@@ -94,7 +97,7 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 		return err
 	}
 	defer x.Stop()
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	xdsSocket := filepath.Join(c.dir, "xds.sock")
 	l, err := listenUnix(xdsSocket)
 	if err != nil {
@@ -122,6 +125,13 @@ func run(ctx context.Context, log *slog.Logger, c config) (err error) {
 	if len(c.egress) > 0 {
 		s.egress = relay.NewEgress(out.Socket)
 		defer s.egress.Close()
+	}
+	if c.awsRegion != "" {
+		stop, err := s.serveCredentials(ctx, c, failed)
+		if err != nil {
+			return err
+		}
+		defer stop()
 	}
 	h := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 5 * time.Second}
 	hl, err := net.Listen("tcp", c.readyAddr)
@@ -224,21 +234,29 @@ func (s *sidecar) applyIngress(state *podsock.EnclaveState) {
 //
 // The first time in a generation it tells initboot where it listens.
 func (s *sidecar) applyEgress(ctx context.Context, state *podsock.EnclaveState) error {
-	if s.egress == nil {
+	var t *relay.Target
+	if state.GetTarget() != "" {
+		t = target(state)
+	}
+	ports := &podsock.RegisterRequest{Generation: state.GetGeneration()}
+	var err error
+	if s.egress != nil {
+		if ports.EgressPort, err = s.egress.Set(t, state.GetEgressPort()); err != nil {
+			return err
+		}
+	}
+	if s.credentials != nil {
+		if ports.CredentialsPort, err = s.credentials.Set(t, state.GetCredentialsPort()); err != nil {
+			return err
+		}
+	}
+	if t == nil || ports.EgressPort == state.GetEgressPort() && ports.CredentialsPort == state.GetCredentialsPort() {
 		return nil
-	}
-	if state.GetTarget() == "" {
-		_, err := s.egress.Set(nil, 0)
-		return err
-	}
-	port, err := s.egress.Set(target(state), state.GetEgressPort())
-	if err != nil || port == state.GetEgressPort() {
-		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
-	if _, err := s.pod.Register(ctx, &podsock.RegisterRequest{Generation: state.GetGeneration(), EgressPort: port}); err != nil {
-		return fmt.Errorf("register the port for egress: %w", err)
+	if _, err := s.pod.Register(ctx, ports); err != nil {
+		return fmt.Errorf("register the ports for what leaves the enclave: %w", err)
 	}
 	return nil
 }

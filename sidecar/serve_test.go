@@ -112,7 +112,7 @@ func (p *pod) Register(_ context.Context, r *podsock.RegisterRequest) (*podsock.
 	if s.GetGeneration() != r.GetGeneration() {
 		return nil, status.Error(codes.FailedPrecondition, "another generation")
 	}
-	s.EgressPort = r.GetEgressPort()
+	s.EgressPort, s.CredentialsPort = r.GetEgressPort(), r.GetCredentialsPort()
 	p.set(s)
 	return &podsock.RegisterResponse{}, nil
 }
@@ -232,12 +232,16 @@ func (b *lockedBuffer) String() string {
 
 func start(t *testing.T, egress ...string) *running {
 	t.Helper()
+	return startWith(t, func(c *config) { c.egress = egress })
+}
+
+func startWith(t *testing.T, change func(*config)) *running {
+	t.Helper()
 	binary := envoyBinary(t)
 	dir := shortDir(t)
 	r := &running{port: freePort(t), pod: newPod(t, dir), log: &lockedBuffer{}, ended: make(chan error, 1)}
 	r.config = config{
 		ports:          []uint16{r.port},
-		egress:         egress,
 		podSocket:      r.pod.socket,
 		dir:            filepath.Join(dir, "run"),
 		envoyBinary:    binary,
@@ -245,6 +249,7 @@ func start(t *testing.T, egress ...string) *running {
 		readyAddr:      fmt.Sprintf("127.0.0.1:%d", freePort(t)),
 		envoyLog:       r.log,
 	}
+	change(&r.config)
 	if err := os.Mkdir(r.config.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}

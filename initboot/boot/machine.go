@@ -200,7 +200,7 @@ func (m *Machine) waitForSidecar(ctx context.Context) error {
 		m.mu.Lock()
 		ports, changed := m.state.ports, m.changed
 		m.mu.Unlock()
-		if ports.egress != 0 {
+		if ports.egress != 0 && (m.cfg.Workload.KMS == nil || ports.credentials != 0) {
 			return nil
 		}
 		select {

@@ -404,7 +404,9 @@ func TestStop(t *testing.T) {
 
 // A workload with egress runs when the sidecar has said where it listens, in each generation anew.
 func TestRegister(t *testing.T) {
-	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { c.Workload.Egress = []string{"peer.example:443"} })
+	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { 
+		c.Workload.KMS, c.Workload.Secrets = &workload.KMS{Region: "eu-central-1"}, []workload.Secret{{Name: "a", Ciphertext: "YQ==", Env: "A"}}
+	})
 	register := func(generation uint64, egress, credentials uint32) codes.Code {
 		t.Helper()
 		_, err := f.pod.Register(t.Context(), &podsock.RegisterRequest{Generation: generation, EgressPort: egress, CredentialsPort: credentials})
