@@ -404,7 +404,7 @@ func TestStop(t *testing.T) {
 
 // A workload with egress runs when the sidecar has said where it listens, in each generation anew.
 func TestRegister(t *testing.T) {
-	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { 
+	f := start(t, hold, func(c *Config, _ *drivertest.Driver) {
 		c.Workload.KMS, c.Workload.Secrets = &workload.KMS{Region: "eu-central-1"}, []workload.Secret{{Name: "a", Ciphertext: "YQ==", Env: "A"}}
 	})
 	register := func(generation uint64, egress, credentials uint32) codes.Code {
