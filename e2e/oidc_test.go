@@ -228,7 +228,7 @@ func TestOIDC(t *testing.T) {
 	k := startKeycloak(t, ns)
 	pod := c.appPod(t, "app")
 	enclaveConfig(pod, map[string]any{"plugins": []any{map[string]any{
-		"name": "tokens", "type": "authentication", "builtin": "oidc",
+		"name": "tokens", "type": "authentication", "builtin": "oidc", "timeout": "2s", // on a busy machine
 		"config": map[string]any{
 			"issuer": k.issuer, "audience": "shop", "scopes": []string{"shop:read"}, "ca": string(k.ca),
 			"claims": map[string]string{"azp": "x-client"},
