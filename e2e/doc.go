@@ -12,8 +12,11 @@
 //	layers_test.go       images that are wrong, slow or not there
 //	rollout_test.go      a rolling restart without a failed request
 //	controller_test.go   an autoscaler follows the load inside the enclaves; state shows on pods and owners
+//	telemetry_test.go    one request is found as metric, trace and log line; who is no enclave is refused
+//	logging_test.go      lines of the workload go where its config says, without the secrets in them
 //	oidc_test.go         the authentication plugin oidc with a real Keycloak, and what happens when it is down
 //	userplugin_test.go   a plugin as a user would write it, in Python and in its own image
+//	kms_test.go          a secret and a certificate by KMS, in the right enclave only
 //	client_test.go       any program through the proxy, a client in Python, and the list of pods
 //
 // `make test-e2e` brings up the cluster, installs what is tested and runs the tests; without

@@ -6,6 +6,7 @@
 //	node handshakes ADDR     one TLS handshake every 50 ms, a line of JSON for each
 //	node registry FLAGS      a registry that is slow or wrong
 //	node load FLAGS          clients that never stop asking
+//	node kms FLAGS           a KMS that decrypts for attested enclaves
 //
 // Every command prints one line when it is ready and runs until its standard input ends, so that
 // none outlives its test.
@@ -28,10 +29,10 @@ func main() {
 
 func run(args []string) error {
 	commands := map[string]func(context.Context, []string) error{
-		"record": record, "tamper": tamper, "handshakes": handshakes, "registry": registry, "load": load,
+		"record": record, "tamper": tamper, "handshakes": handshakes, "registry": registry, "load": load, "kms": kms,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
-		return errors.New("want record, tamper, handshakes, registry or load")
+		return errors.New("want record, tamper, handshakes, registry, load or kms")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
