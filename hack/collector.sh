@@ -17,4 +17,5 @@ mkdir -p "$src"
 rm -f "$src"/go.*
 "$tool/builder" --config "$src/builder.yaml" --skip-compilation || [ -s "$src/go.mod" ]
 cd "$src"
+go mod tidy -e
 go build -trimpath -ldflags "-s -w -buildid=" -o "$OUT/otelcol" .

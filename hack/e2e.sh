@@ -13,6 +13,9 @@ step "Keycloak $KEYCLOAK_VERSION" "$again" "$HACK/keycloak.sh" build
 step "Keycloak on the node" "$again" "$HACK/keycloak.sh" load
 step "example plugin in Python" "$again" "$HACK/pathguard.sh" build
 step "example plugin in the registry" "$again" "$HACK/pathguard.sh" push
+step "image collector" "$again" "$HACK/images.sh" collector
+step "VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" victorialogs prometheus jaeger
+. "$OUT/images.env"
 cat >"$OUT/e2e.env" <<ENV
 CLOISTER_E2E=1
 KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
@@ -25,6 +28,10 @@ CLOISTER_KEY=$CACHE/dev-root/key.pem
 CLOISTER_NGINX_IMAGE=registry.cloister-registry.svc.cluster.local:5000/nginx@$(cat "$OUT/nginx.digest")
 CLOISTER_KEYCLOAK_IMAGE=$(cat "$OUT/keycloak.image")
 CLOISTER_PATHGUARD_IMAGE=registry.cloister-registry.svc.cluster.local:5000/pathguard@$(cat "$OUT/pathguard.digest")
+CLOISTER_COLLECTOR_IMAGE=$COLLECTOR_IMAGE
+CLOISTER_PROMETHEUS_IMAGE=$PROMETHEUS_IMAGE
+CLOISTER_JAEGER_IMAGE=$JAEGER_IMAGE
+CLOISTER_VICTORIALOGS_IMAGE=$VICTORIALOGS_IMAGE
 ENV
 set -a
 . "$OUT/e2e.env"

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Usage: images.sh [initboot|sidecar|webhook|controller|registry]... Builds our images, all or the named ones, and
-# loads those into the cluster that it does not have yet. A tag is a hash of the contents. Writes $OUT/images.env:
+# Usage: images.sh [NAME]... Builds our images, all or the named ones, and
+# loads those into the cluster that it does not have yet. The collector and the servers behind it are built
+# only when they are named. A tag is a hash of the contents. Writes $OUT/images.env:
 # one NAME_IMAGE=reference a line.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -75,6 +76,18 @@ registry() {
   binary registry hack/registry
   image registry "$OUT/registry" -- --user 65532:65532 --add "$OUT/registry:/registry" --entrypoint '["/registry"]'
 }
+# The collector, and the servers that it hands telemetry to.
+collector() {
+  "$HACK/collector.sh"
+  image collector "$OUT/otelcol" -- --user 65532:65532 --add "$OUT/otelcol:/otelcol" --entrypoint '["/otelcol"]'
+}
+server() {
+  "$HACK/observability.sh" build "$1"
+  image "$1" "$OUT/$1" -- --user 65532:65532 --dir /tmp:1777 --add "$OUT/$1:/$1" --entrypoint "[\"/$1\"]"
+}
+prometheus() { server prometheus; }
+jaeger() { server jaeger; }
+victorialogs() { server victorialogs; }
 
 present=$(kind_node ctr -n k8s.io images ls -q)
 [ $# -gt 0 ] || set -- initboot sidecar webhook controller registry

@@ -1,0 +1,278 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	logs "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// telemetry is manifests/observability in a test's namespace.
+type telemetry struct {
+	ns        *namespace
+	host      string // of the collector
+	cert, key []byte // of the collector, which is its own authority
+}
+
+// newTelemetry makes the collector's identity. The workloads' manifests name it, and the collector wants to
+// know their measurements, so start comes later.
+func newTelemetry(t *testing.T, ns *namespace) *telemetry {
+	t.Helper()
+	o := &telemetry{ns: ns, host: "otel-collector." + ns.name + ".svc.cluster.local"}
+	o.cert, o.key = certificate(t, o.host)
+	return o
+}
+
+// plugin is a plugin that sends to the collector.
+func (o *telemetry) plugin(name, pluginType string, more map[string]any) map[string]any {
+	config := map[string]any{"endpoint": o.host + ":4317", "ca": string(o.cert)}
+	for key, value := range more {
+		config[key] = value
+	}
+	return map[string]any{"name": name, "type": pluginType, "builtin": "otlp", "config": config}
+}
+
+// start deploys the collector, which trusts what is in the measurement set file, and the servers behind it.
+func (o *telemetry) start(t *testing.T, measurements string) {
+	t.Helper()
+	read := func(file string) string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	create(t, o.ns, &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "otel-collector-tls"}, Data: map[string][]byte{"tls.crt": o.cert, "tls.key": o.key},
+	}, &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{Name: "otel-collector-trust"},
+		Data:       map[string]string{"measurements.json": read(measurements), "root.pem": read(o.ns.root)},
+	})
+	manifests := output(t, "kubectl", "kustomize", "../manifests/observability")
+	for _, name := range []string{"collector", "prometheus", "jaeger", "victorialogs"} {
+		manifests = strings.ReplaceAll(manifests, "image: cloister.dev/"+name+"\n", "image: "+setting(t, "CLOISTER_"+strings.ToUpper(name)+"_IMAGE")+"\n")
+	}
+	apply := exec.CommandContext(t.Context(), "kubectl", "-n", o.ns.name, "apply", "-f", "-")
+	apply.Stdin = strings.NewReader(manifests)
+	if out, err := apply.CombinedOutput(); err != nil {
+		t.Fatalf("kubectl apply: %v: %s", err, out)
+	}
+}
+
+// wait waits until all of it serves.
+func (o *telemetry) wait(t *testing.T) {
+	t.Helper()
+	for _, app := range []string{"otel-collector", "prometheus", "jaeger", "victorialogs"} {
+		o.ns.ready(t, app, 1)
+	}
+}
+
+// get asks for a page that must be there.
+func get(t *testing.T, addr, path string) []byte {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return nil
+	}
+	return body
+}
+
+// logLines asks VictoriaLogs for the records that have a phrase.
+func logLines(t *testing.T, addr, phrase string) (records []map[string]string) {
+	t.Helper()
+	query := url.Values{"query": {fmt.Sprintf("_time:1h %q", phrase)}}
+	for lines := bufio.NewScanner(strings.NewReader(string(get(t, addr, "/select/logsql/query?"+query.Encode())))); lines.Scan(); {
+		var r map[string]string
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			t.Fatalf("VictoriaLogs answers %s: %v", lines.Bytes(), err)
+		}
+		records = append(records, r)
+	}
+	return records
+}
+
+// One request from a client that traces is found as a metric, a trace and a log line, with its trace id and
+// with what was proved of the enclave. The workload is nginx as it is: it only logs the field with the trace.
+func TestTelemetry(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	o := newTelemetry(t, ns)
+	pod := c.nginxPod(t, "nginx")
+	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "OTEL_SERVICE_NAME", Value: "shop"}}
+	pod.Spec.Containers[0].Command = []string{"sh", "-c",
+		`echo 'log_format traced "$request $status $http_traceparent"; access_log /dev/stdout traced;' >/etc/nginx/conf.d/traced.conf && exec nginx -g "daemon off;"`}
+	enclaveConfig(pod, map[string]any{"plugins": []any{o.plugin("logs", "logging", nil), o.plugin("telemetry", "telemetry", nil)}})
+	set, entry := c.measure(t, pod)
+	o.start(t, set)
+	ns.create(t, pod)
+	o.wait(t)
+	running := ns.ready(t, "nginx", 1)[0]
+
+	id := make([]byte, 16)
+	rand.Read(id)
+	trace := hex.EncodeToString(id)
+	const parent = "00f067aa0ba902b7"
+	r := c.curl(t, ns.forward(t, "pod/nginx", 80), set, "/", "-H", "traceparent: 00-"+trace+"-"+parent+"-01")
+	if r.code != 0 || !strings.Contains(r.stdout, "Welcome to nginx") {
+		t.Fatalf("nginx answers %q, %s", r.stdout, r.stderr)
+	}
+
+	jaeger, prometheus, victorialogs := ns.forward(t, "service/jaeger", 16686), ns.forward(t, "service/prometheus", 9090), ns.forward(t, "service/victorialogs", 9428)
+	var span struct {
+		Data []struct {
+			Spans []struct {
+				SpanID     string
+				References []struct{ SpanID string }
+				Tags       []struct {
+					Key   string
+					Value any
+				}
+			}
+			Processes map[string]struct {
+				ServiceName string
+				Tags        []struct {
+					Key   string
+					Value any
+				}
+			}
+		}
+	}
+	eventually(t, time.Minute, "the trace in Jaeger", func() (bool, string) {
+		body := get(t, jaeger, "/api/traces/"+trace)
+		return body != nil && json.Unmarshal(body, &span) == nil && len(span.Data) == 1 && len(span.Data[0].Spans) == 1, string(body)
+	})
+	seen := span.Data[0].Spans[0]
+	if len(seen.References) != 1 || seen.References[0].SpanID != parent {
+		t.Errorf("the span's parent is %v, not the client's %s", seen.References, parent)
+	}
+	process := map[string]string{}
+	for _, p := range span.Data[0].Processes {
+		process["service"] = p.ServiceName
+		for _, tag := range p.Tags {
+			process[tag.Key] = fmt.Sprint(tag.Value)
+		}
+	}
+	// What was proved, and what the host said of the pod.
+	want := map[string]string{
+		"cloister.attested": "true", "cloister.pcr0": entry.PCR0, "cloister.pcr16": entry.PCR16,
+		"k8s.pod.name": "nginx", "k8s.namespace.name": ns.name, "k8s.pod.uid": string(running.UID), "service": "shop",
+	}
+	for key, value := range want {
+		if process[key] != value {
+			t.Errorf("the trace has %s %q, want %q", key, process[key], value)
+		}
+	}
+	if process["cloister.enclave.id"] == "" {
+		t.Error("the trace has no cloister.enclave.id")
+	}
+
+	// nginx logs the gateway's span below the client's.
+	eventually(t, time.Minute, "the log line in VictoriaLogs", func() (bool, string) {
+		found := logLines(t, victorialogs, trace)
+		ok := len(found) == 1 && strings.Contains(found[0]["_msg"], "GET / HTTP/1.1 200 00-"+trace+"-"+seen.SpanID+"-01") &&
+			found[0]["k8s.pod.name"] == "nginx" && found[0]["cloister.pcr16"] == entry.PCR16
+		return ok, fmt.Sprint(found)
+	})
+
+	query := func(path, query string) string {
+		now := time.Now().Unix()
+		v := url.Values{"query": {query}, "start": {fmt.Sprint(now - 600)}, "end": {fmt.Sprint(now)}}
+		return string(get(t, prometheus, path+"?"+v.Encode()))
+	}
+	labels := fmt.Sprintf(`{k8s_pod_name="nginx",k8s_namespace_name=%q,cloister_attested="true",cloister_pcr16=%q}`, ns.name, entry.PCR16)
+	eventually(t, time.Minute, "the request as an exemplar of the metric in Prometheus", func() (bool, string) {
+		answer := query("/api/v1/query_exemplars", "http_server_request_duration_seconds_bucket"+labels)
+		return strings.Contains(answer, trace), answer
+	})
+	for _, name := range []string{
+		"http_server_request_duration_seconds_count", "http_server_active_requests", "cloister_enclave_memory_usage_bytes",
+		"cloister_enclave_memory_limit_bytes", "cloister_enclave_cpu_time_seconds_total", "cloister_enclave_nsm_calls_total",
+		"cloister_telemetry_dropped_total",
+	} {
+		if answer := query("/api/v1/query", name+labels); !strings.Contains(answer, `"value":[`) {
+			t.Errorf("Prometheus has no %s: %s", name, answer)
+		}
+	}
+	if t.Failed() {
+		return
+	}
+	o.refusesOthers(t)
+}
+
+// refusesOthers sends as a client that is no enclave. It is refused and counted.
+func (o *telemetry) refusesOthers(t *testing.T) {
+	t.Helper()
+	own := o.ns.forward(t, "service/otel-collector", 8888)
+	refused := func() (n int) {
+		for line := range strings.Lines(string(get(t, own, "/metrics"))) {
+			if strings.HasPrefix(line, "otelcol_receiver_enclave_refused_connections") {
+				fields := strings.Fields(line)
+				var count float64
+				if _, err := fmt.Sscan(fields[len(fields)-1], &count); err != nil {
+					t.Fatalf("%q: %v", line, err)
+				}
+				n += int(count)
+			}
+		}
+		return n
+	}
+	addr := o.ns.forward(t, "service/otel-collector", 4317)
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(o.cert)
+	ordinary, err := tls.X509KeyPair(certificate(t, "client.example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, config := range map[string]*tls.Config{
+		"without a certificate":        {},
+		"with an ordinary certificate": {Certificates: []tls.Certificate{ordinary}},
+	} {
+		before := refused()
+		config.RootCAs, config.ServerName = pool, o.host
+		conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		err = conn.Invoke(ctx, "/opentelemetry.proto.collector.logs.v1.LogsService/Export", &logs.ExportLogsServiceRequest{}, &logs.ExportLogsServiceResponse{})
+		cancel()
+		conn.Close()
+		if err == nil {
+			t.Errorf("a client %s was served", name)
+		}
+		eventually(t, 20*time.Second, "the refusal of a client "+name+" is counted", func() (bool, string) {
+			n := refused()
+			return n > before, fmt.Sprint(n)
+		})
+	}
+}
