@@ -208,6 +208,27 @@ func TestDecrypt(t *testing.T) {
 	}
 }
 
+// Other services than AWS's encode the answer in other ways.
+func TestShapes(t *testing.T) {
+	for name, shape := range map[string]cmstest.Shape{
+		"pieces":     {Pieces: []int{16}},
+		"DER":        {Definite: true},
+		"LocalStack": {Definite: true, IssuerAndSerial: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			module := nsmtest.New(t)
+			s := newService(t, module, kmsemu.New(kmsemu.Config{Region: region, Root: module.Root(), Identities: []kmsemu.Identity{pod}, Shape: shape}))
+			v, _ := newVault(t, module)
+			k := s.open(t, v)
+			blob := s.seal(t, s.admin(t), module.Measurements(manifest)[0], "secret", nil)
+			got, err := k.Decrypt(t.Context(), []vault.Ciphertext{{Name: "it", Blob: blob}})
+			if err != nil || string(got[0]) != "secret" {
+				t.Errorf("got %q, %v", got, err)
+			}
+		})
+	}
+}
+
 func TestCredentials(t *testing.T) {
 	module := nsmtest.New(t)
 	for name, tt := range map[string]struct {
