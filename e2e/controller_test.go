@@ -31,7 +31,7 @@ func TestController(t *testing.T) {
 
 	// One that asks a little stays for all of the test.
 	light := ns.load(t, "app", set, "-every", "500ms")
-	if _, err := c.kube.AutoscalingV2().HorizontalPodAutoscalers(ns.name).Create(t.Context(), autoscaler("app", 12, 3), metav1.CreateOptions{}); err != nil {
+	if _, err := c.kube.AutoscalingV2().HorizontalPodAutoscalers(ns.name).Create(t.Context(), autoscaler("app", 8, 3), metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	heavy := ns.load(t, "app", set)
