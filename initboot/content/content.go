@@ -144,10 +144,10 @@ func (s *Server) manifest(digest v1.Hash) (string, int64, io.ReadCloser, error) 
 		return "", 0, nil, err
 	}
 	var m struct {
-		MediaType string            `json:"mediaType"`
-		Manifests []v1.Descriptor   `json:"manifests"`
-		Config    *v1.Descriptor    `json:"config"`
-		Layers    []v1.Descriptor   `json:"layers"`
+		MediaType string          `json:"mediaType"`
+		Manifests []v1.Descriptor `json:"manifests"`
+		Config    *v1.Descriptor  `json:"config"`
+		Layers    []v1.Descriptor `json:"layers"`
 	}
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return "", 0, nil, fmt.Errorf("the manifest %s of %s is not JSON: %w", digest, s.place(digest), err)
