@@ -15,6 +15,7 @@ import (
 	cmetrics "go.opentelemetry.io/proto/slim/otlp/collector/metrics/v1"
 	ctrace "go.opentelemetry.io/proto/slim/otlp/collector/trace/v1"
 	common "go.opentelemetry.io/proto/slim/otlp/common/v1"
+	logs "go.opentelemetry.io/proto/slim/otlp/logs/v1"
 	metrics "go.opentelemetry.io/proto/slim/otlp/metrics/v1"
 	resource "go.opentelemetry.io/proto/slim/otlp/resource/v1"
 	trace "go.opentelemetry.io/proto/slim/otlp/trace/v1"
@@ -41,9 +42,17 @@ type Usage struct {
 	NSMCalls                uint64
 }
 
+// Exporter sends telemetry and never waits.
+type Exporter interface {
+	Logs(*logs.ResourceLogs)
+	Metrics(*metrics.ResourceMetrics)
+	Spans(*trace.ResourceSpans)
+	Dropped() otlp.Dropped
+}
+
 // Config of the plugin.
 type Config struct {
-	Exporter *otlp.Exporter
+	Exporter Exporter
 	// Resource is what its own data comes from.
 	Resource *resource.Resource
 	// Usage reads the enclave's usage.
