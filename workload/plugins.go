@@ -47,7 +47,8 @@ type Plugin struct {
 	// Builtin names a plugin that is part of the EIF, Image one that is not. Exactly one is set.
 	Builtin string `json:"builtin,omitempty"`
 	Image   *Image `json:"image,omitempty"`
-	// Required makes requests fail while the plugin is down. Without it they pass unchecked.
+	// Required makes requests fail while the plugin is down. Without it they pass unchecked. A request to
+	// which a running plugin gives no answer fails in any case.
 	Required bool `json:"required,omitempty"`
 	// TimeoutMs is how long an authentication plugin may take for a request, in milliseconds; 0 means
 	// DefaultPluginTimeout.

@@ -20,7 +20,8 @@ import (
 )
 
 // Authorize asks the plugins in their order. The first that refuses decides; each sees the headers that
-// those before it have set.
+// those before it have set. A plugin that is not required is left out while it is down. One that runs and
+// gives no answer is not: a client could bring that about with its request.
 func (s *Set) Authorize(r *http.Request) *gateway.Verdict {
 	all := &gateway.Verdict{Set: http.Header{}, Response: http.Header{}}
 	for _, p := range s.plugins {
@@ -32,11 +33,11 @@ func (s *Set) Authorize(r *http.Request) *gateway.Verdict {
 			panic(http.ErrAbortHandler)
 		default:
 			p.failed(err)
-			if p.manifest.Required {
+			if p.manifest.Required || !errors.Is(err, errDown) {
 				return &gateway.Verdict{
 					Status:   http.StatusServiceUnavailable,
 					Response: http.Header{"Retry-After": {"1"}},
-					Body:     fmt.Sprintf("The plugin %s, which must check every request, gives no answer: try again.\n", p.manifest.Name),
+					Body:     fmt.Sprintf("The plugin %s, which must check this request, gives no answer: try again.\n", p.manifest.Name),
 				}
 			}
 			continue

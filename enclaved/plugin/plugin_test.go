@@ -120,7 +120,7 @@ func TestAuthorize(t *testing.T) {
 	s := start(t, config(t, appPlugin("app")))
 	unavailable := &gateway.Verdict{
 		Status: 503, Response: http.Header{"Retry-After": {"1"}},
-		Body: "The plugin app, which must check every request, gives no answer: try again.\n",
+		Body: "The plugin app, which must check this request, gives no answer: try again.\n",
 	}
 	passed := &gateway.Verdict{Set: http.Header{}, Response: http.Header{}}
 	tests := map[string]*gateway.Verdict{
@@ -249,6 +249,11 @@ func TestDeath(t *testing.T) {
 			t.Parallel()
 			s := start(t, config(t, optional))
 			eventually(t, "it serves", func() bool { return ask(s, "/deny").Status == 401 })
+			for _, unanswered := range []string{"/hang", "/set/unlisted"} {
+				if v := ask(s, unanswered); v.Status != 503 {
+					t.Errorf("%s, while it runs: status %d, want 503", unanswered, v.Status)
+				}
+			}
 			ask(s, path)
 			eventually(t, "requests pass", func() bool { return ask(s, "/deny").Status == 0 })
 			eventually(t, "it is back", func() bool { return ask(s, "/deny").Status == 401 })
