@@ -4,6 +4,7 @@ package oidc
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -47,7 +48,7 @@ func (p *Plugin) Run(ctx context.Context, serving func(bool)) { p.keys.run(ctx, 
 // decision about the token.
 func (p *Plugin) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	token, err := bearer(r.GetAttributes().GetRequest().GetHttp().GetHeaders()["authorization"])
-	var claims map[string]any
+	var claims map[string]json.RawMessage
 	if err == nil {
 		claims, err = p.verify(ctx, token)
 	}
@@ -69,11 +70,11 @@ func (p *Plugin) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.Che
 }
 
 // headers hands the claims on. One that the token lacks has no header.
-func (p *Plugin) headers(claims map[string]any) ([]*corev3.HeaderValueOption, error) {
+func (p *Plugin) headers(claims map[string]json.RawMessage) ([]*corev3.HeaderValueOption, error) {
 	var out []*corev3.HeaderValueOption
 	for _, name := range slices.Sorted(maps.Keys(p.claims)) {
 		claim := claims[p.claims[name]]
-		if claim == nil {
+		if claim == nil || string(claim) == "null" {
 			continue
 		}
 		value, ok := headerOf(claim)

@@ -392,6 +392,9 @@ func TestGoodTokens(t *testing.T) {
 		"expired within the skew": {"Bearer " + rs("rsa", with(map[string]any{"exp": now.Add(-skew + time.Second).Unix()})), want},
 		"nbf within the skew":     {"Bearer " + rs("rsa", with(map[string]any{"nbf": now.Add(skew - time.Second).Unix()})), want},
 		"a list of groups":        {"Bearer " + rs("rsa", with(map[string]any{"groups": []string{"a", "b,c"}})), but(map[string]string{"x-groups": `["a","b,c"]`})},
+		"a large number":          {"Bearer " + rs("rsa", with(map[string]any{"level": 9007199254740993})), but(map[string]string{"x-level": "9007199254740993"})},
+		"an object":               {"Bearer " + rs("rsa", with(map[string]any{"groups": json.RawMessage(`{"b": 1.0, "a": "c"}`)})), but(map[string]string{"x-groups": `{"b":1.0,"a":"c"}`})},
+		"null":                    {"Bearer " + rs("rsa", with(map[string]any{"level": json.RawMessage("null")})), but(map[string]string{"x-level": ""})},
 		"no subject":              {"Bearer " + rs("rsa", with(map[string]any{"sub": nil})), but(map[string]string{"x-cloister-sub": ""})},
 		"a subject of any script": {"Bearer " + rs("rsa", with(map[string]any{"sub": "Ada Lövelace"})), but(map[string]string{"x-cloister-sub": "Ada Lövelace"})},
 	}

@@ -1,6 +1,7 @@
 package oidc
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
@@ -63,7 +65,7 @@ var types = []string{"", "jwt", "at+jwt", "application/at+jwt", "application/jwt
 
 // verify returns the claims of a token that the issuer has signed and that is meant for here and now. Every
 // error is a *refusal, but for keys that are not known.
-func (p *Plugin) verify(ctx context.Context, token string) (map[string]any, error) {
+func (p *Plugin) verify(ctx context.Context, token string) (map[string]json.RawMessage, error) {
 	t, err := jwt.ParseSigned(token, p.algorithms)
 	if err != nil || len(t.Headers) != 1 {
 		return nil, invalid("the token is not a JWT with an accepted signature algorithm")
@@ -78,7 +80,7 @@ func (p *Plugin) verify(ctx context.Context, token string) (map[string]any, erro
 		return nil, err
 	}
 	var registered jwt.Claims
-	var all map[string]any
+	var all map[string]json.RawMessage
 	signed := false
 	for _, k := range keys {
 		if signed = t.Claims(k.public, &registered, &all) == nil; signed {
@@ -91,7 +93,10 @@ func (p *Plugin) verify(ctx context.Context, token string) (map[string]any, erro
 	if err := p.validate(registered); err != nil {
 		return nil, err
 	}
-	scope, _ := all["scope"].(string)
+	var scope string
+	if json.Unmarshal(all["scope"], &scope) != nil {
+		scope = "" // what is no text is no scope
+	}
 	have := strings.Fields(scope)
 	for _, s := range p.config.Scopes {
 		if !slices.Contains(have, s) {
@@ -122,18 +127,19 @@ func (p *Plugin) validate(c jwt.Claims) error {
 	return invalid("the token's claims are not valid")
 }
 
-// headerOf writes a claim as the value of a header: text as it is, everything else as JSON. Text with
-// control characters cannot be written.
-func headerOf(claim any) (string, bool) {
-	text, ok := claim.(string)
-	if !ok {
-		b, err := json.Marshal(claim)
-		if err != nil {
+// headerOf writes a claim as the value of a header: text as it is, everything else as the token's own JSON,
+// without its spaces: a number read as a float could become that of somebody else. Text with control
+// characters cannot be written.
+func headerOf(claim json.RawMessage) (string, bool) {
+	var text string
+	if json.Unmarshal(claim, &text) != nil {
+		var b bytes.Buffer
+		if json.Compact(&b, claim) != nil {
 			return "", false
 		}
-		text = string(b)
+		text = b.String()
 	}
-	if strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }) || strings.TrimSpace(text) != text {
+	if !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }) || strings.TrimSpace(text) != text {
 		return "", false
 	}
 	return text, true
