@@ -24,7 +24,7 @@ func TestLogging(t *testing.T) {
 	o.start(t, set)
 	ns.create(t, silent)
 	ns.create(t, printed)
-	o.wait(t)
+	o.wait(t, "otel-collector", "victorialogs")
 	for _, name := range []string{"silent", "printed"} {
 		ns.ready(t, name, 1)
 	}

@@ -77,10 +77,10 @@ func (o *telemetry) start(t *testing.T, measurements string) {
 	}
 }
 
-// wait waits until all of it serves.
-func (o *telemetry) wait(t *testing.T) {
+// wait waits until what a test needs of it serves.
+func (o *telemetry) wait(t *testing.T, apps ...string) {
 	t.Helper()
-	for _, app := range []string{"otel-collector", "prometheus", "jaeger", "victorialogs"} {
+	for _, app := range apps {
 		o.ns.ready(t, app, 1)
 	}
 }
@@ -135,7 +135,7 @@ func TestTelemetry(t *testing.T) {
 	set, entry := c.measure(t, pod)
 	o.start(t, set)
 	ns.create(t, pod)
-	o.wait(t)
+	o.wait(t, "otel-collector", "prometheus", "jaeger", "victorialogs")
 	running := ns.ready(t, "nginx", 1)[0]
 
 	id := make([]byte, 16)
