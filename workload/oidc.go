@@ -2,7 +2,6 @@ package workload
 
 import (
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -111,21 +110,11 @@ func (c *OIDC) Validate() error {
 
 // Roots are the certificates of CA.
 func (c *OIDC) Roots() (*x509.CertPool, error) {
-	pool, rest := x509.NewCertPool(), []byte(c.CA)
-	for n := 0; ; n++ {
-		var b *pem.Block
-		if b, rest = pem.Decode(rest); b == nil {
-			if n == 0 || strings.TrimSpace(string(rest)) != "" {
-				return nil, errors.New("the enclave has no root certificates of its own: give the PEM certificates of the issuer's CA and nothing else")
-			}
-			return pool, nil
-		}
-		cert, err := x509.ParseCertificate(b.Bytes)
-		if b.Type != "CERTIFICATE" || err != nil {
-			return nil, fmt.Errorf("PEM block %d, a %q, is not a certificate", n+1, b.Type)
-		}
-		pool.AddCert(cert)
+	pool, err := parsePool(c.CA)
+	if err != nil {
+		return nil, fmt.Errorf("the enclave has no root certificates of its own: %w", err)
 	}
+	return pool, nil
 }
 
 // Endpoints implements PluginConfig.

@@ -2,7 +2,6 @@ package workload
 
 import (
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -40,21 +39,9 @@ func (c *OTLP) Host() string {
 
 // Authorities returns the certificates of CA.
 func (c *OTLP) Authorities() (*x509.CertPool, error) {
-	pool := x509.NewCertPool()
-	n := 0
-	for rest := []byte(c.CA); ; n++ {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if block.Type != "CERTIFICATE" || err != nil {
-			return nil, errors.New("ca must hold certificates in PEM, and nothing else")
-		}
-		pool.AddCert(cert)
-	}
-	if n == 0 {
-		return nil, errors.New("ca must hold the certificate of the server's authority in PEM: without it anybody could take the telemetry")
+	pool, err := parsePool(c.CA)
+	if err != nil {
+		return nil, fmt.Errorf("ca must hold the certificate of the server's authority: %w", err)
 	}
 	return pool, nil
 }
