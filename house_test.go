@@ -23,7 +23,7 @@ var binaries = []string{"webhook", "initboot", "sidecar", "enclaved", "collector
 var shared = []string{"webhook/inject", "webhook/annotation"}
 
 // measured must stay small and free of Kubernetes: they run inside the enclave or at a client.
-var measured = []string{"enclaved", "attestation", "eif", "workload", "internal/channel", "internal/vsock", "internal/nsm"}
+var measured = []string{"enclaved", "attestation", "eif", "workload", "internal/channel", "internal/vsock", "internal/nsm", "internal/cms"}
 
 type goPackage struct {
 	ImportPath string
