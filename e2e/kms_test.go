@@ -51,7 +51,7 @@ type keyService struct {
 // keyService starts a KMS that believes the development root, with one key that nobody may decrypt with.
 func (c *cluster) keyService(t *testing.T) *keyService {
 	t.Helper()
-	ip := strings.Fields(c.onNode(t, "hostname -I"))[0]
+	ip := c.nodeAddr(t)
 	certificate, key := tlsServer(t, net.ParseIP(ip))
 	root, err := os.ReadFile(c.root)
 	if err != nil {
