@@ -47,15 +47,16 @@ func (c *OTLP) Authorities() (*x509.CertPool, error) {
 }
 
 // Validate implements PluginConfig.
-func (c *OTLP) Validate() error {
-	var errs []error
+func (c *OTLP) Validate() error { return errors.Join(c.problems()...) }
+
+func (c *OTLP) problems() (errs []error) {
 	if _, _, err := ParseEndpoint(c.Endpoint); err != nil {
 		errs = append(errs, fmt.Errorf("endpoint %q: %w", c.Endpoint, err))
 	}
 	if _, err := c.Authorities(); err != nil {
 		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return errs
 }
 
 // Endpoints implements PluginConfig.
@@ -70,8 +71,11 @@ type Redaction struct {
 
 // Expressions returns the compiled expressions.
 func (r *Redaction) Expressions() ([]*regexp.Regexp, error) {
-	var out []*regexp.Regexp
-	var errs []error
+	out, errs := r.compile()
+	return out, errors.Join(errs...)
+}
+
+func (r *Redaction) compile() (out []*regexp.Regexp, errs []error) {
 	if len(r.Redact) > maxRedactions {
 		errs = append(errs, fmt.Errorf("redact has %d expressions, at most %d are accepted", len(r.Redact), maxRedactions))
 	}
@@ -86,7 +90,7 @@ func (r *Redaction) Expressions() ([]*regexp.Regexp, error) {
 			out = append(out, re)
 		}
 	}
-	return out, errors.Join(errs...)
+	return out, errs
 }
 
 // LoggingStdout is the config of the built-in logging plugin "stdout", which prints the workload's output
@@ -111,8 +115,8 @@ type LoggingOTLP struct {
 
 // Validate implements PluginConfig.
 func (c *LoggingOTLP) Validate() error {
-	_, err := c.Expressions()
-	return errors.Join(c.OTLP.Validate(), err)
+	_, errs := c.compile()
+	return errors.Join(append(c.problems(), errs...)...)
 }
 
 // TelemetryOTLP is the config of the built-in telemetry plugin "otlp".

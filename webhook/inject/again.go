@@ -227,6 +227,9 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 	if !slices.Equal(cfg.Egress, m.Egress) {
 		p.forbid(at.Child("egress"), "it is not what was injected")
 	}
+	if cfg.Logs != m.Logs {
+		p.forbid(at.Child("logs"), "it is not what was injected")
+	}
 	p.comparePlugins(at, cfg, m)
 	p.compareKMS(at, cfg, m)
 	for _, port := range m.Ports {
