@@ -87,7 +87,8 @@ func (p *instance) failed(err error) {
 }
 
 // request describes r as Envoy does (envoy.service.auth.v3.AttributeContext): the path with its query,
-// headers in lower case with several values joined, pseudo-headers among them.
+// headers in lower case with several values joined, pseudo-headers among them. What is no UTF-8, which a
+// protobuf cannot carry, becomes "!".
 func request(r *http.Request, before *gateway.Verdict) *authv3.CheckRequest {
 	headers := make(map[string]string, len(r.Header)+4)
 	for name, values := range r.Header {
@@ -98,24 +99,26 @@ func request(r *http.Request, before *gateway.Verdict) *authv3.CheckRequest {
 		if name == "Cookie" {
 			separator = "; "
 		}
-		headers[strings.ToLower(name)] = strings.Join(values, separator)
+		headers[strings.ToLower(name)] = plain(strings.Join(values, separator))
 	}
 	for name, values := range before.Set {
-		headers[strings.ToLower(name)] = strings.Join(values, ",")
+		headers[strings.ToLower(name)] = plain(strings.Join(values, ","))
 	}
-	// What goes to the workload, byte for byte.
-	path := r.URL.RequestURI()
-	headers[":method"], headers[":path"], headers[":authority"] = r.Method, path, r.Host
+	// What goes to the workload, not decoded.
+	method, path, host := plain(r.Method), plain(r.URL.RequestURI()), plain(r.Host)
+	headers[":method"], headers[":path"], headers[":authority"] = method, path, host
 	return &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
 		Request: &authv3.AttributeContext_Request{
 			Time: timestamppb.New(time.Now()),
 			Http: &authv3.AttributeContext_HttpRequest{
-				Method: r.Method, Path: path, Host: r.Host, Protocol: r.Proto,
+				Method: method, Path: path, Host: host, Protocol: r.Proto,
 				Headers: headers, Size: r.ContentLength,
 			},
 		},
 	}}
 }
+
+func plain(s string) string { return strings.ToValidUTF8(s, "!") }
 
 // verdict reads a plugin's answer. One that cannot be honoured is an error.
 func (p *instance) verdict(res *authv3.CheckResponse) (*gateway.Verdict, error) {

@@ -160,10 +160,14 @@ func TestRequest(t *testing.T) {
 	if diff := cmp.Diff(want, v.Body); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)
 	}
+	v = ask(s, "/see?q=\xff")
+	if !strings.Contains(v.Body, `"path":"/see?q=!"`) {
+		t.Errorf("what is no UTF-8: %+v", v)
+	}
 	r := httptest.NewRequest(http.MethodGet, "https://shop.example/see", nil)
-	r.Header = http.Header{"X-Set": {"0"}, "X-Remove": {"1"}}
+	r.Header = http.Header{"X-Set": {"0"}, "X-Remove": {"1"}, "X-Latin": {"caf\xe9"}}
 	got := request(r, &gateway.Verdict{Set: http.Header{"X-Set": {"1"}}, Remove: []string{"X-Remove"}}).GetAttributes().GetRequest().GetHttp().GetHeaders()
-	if diff := cmp.Diff(map[string]string{":authority": "shop.example", ":method": "GET", ":path": "/see", "x-set": "1"}, got); diff != "" {
+	if diff := cmp.Diff(map[string]string{":authority": "shop.example", ":method": "GET", ":path": "/see", "x-set": "1", "x-latin": "caf!"}, got); diff != "" {
 		t.Errorf("headers for the next plugin (-want +got):\n%s", diff)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,6 +32,9 @@ const (
 	// Spans are sent when there are batch of them, and at the latest after delay.
 	batch = 256
 	delay = time.Second
+
+	// maxText bounds each attribute that a request chooses, in bytes: spans are kept by number.
+	maxText = 1 << 10
 
 	scope = "cloister.dev/telemetry"
 )
@@ -141,7 +145,7 @@ func (p *Plugin) Observe(r *http.Request, port uint32) (end func(status int)) {
 	if r.ProtoMajor == 1 {
 		s.protocol = fmt.Sprintf("1.%d", r.ProtoMinor)
 	}
-	path, method := r.URL.Path, r.Method
+	path, method := short(r.URL.EscapedPath()), short(r.Method)
 	return func(status int) {
 		p.active.Add(-1)
 		now := time.Now()
@@ -157,7 +161,7 @@ func (p *Plugin) Observe(r *http.Request, port uint32) (end func(status int)) {
 			if parent != [8]byte{} {
 				span.ParentSpanId = parent[:]
 			}
-			if s.method != method {
+			if s.method == "_OTHER" {
 				span.Attributes = append(span.Attributes, text("http.request.method_original", method))
 			}
 			if status == 0 || status >= 500 {
@@ -232,6 +236,10 @@ func (p *Plugin) collect() {
 		ScopeMetrics: []*metrics.ScopeMetrics{{Scope: &common.InstrumentationScope{Name: scope}, Metrics: list}},
 	})
 }
+
+// short bounds a text that a stranger has chosen, and makes it UTF-8: else its whole batch could not be
+// encoded.
+func short(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxText)], "\uFFFD") }
 
 // knownMethod keeps strangers from making series (semantic conventions, HTTP metrics).
 func knownMethod(m string) string {

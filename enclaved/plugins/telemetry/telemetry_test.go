@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/proto"
 
 	cmetrics "go.opentelemetry.io/proto/slim/otlp/collector/metrics/v1"
 	common "go.opentelemetry.io/proto/slim/otlp/common/v1"
@@ -159,6 +161,28 @@ func TestRequests(t *testing.T) {
 }
 
 // What cannot be read is left out, and the rest is sent.
+// Whatever a client writes, spans can be encoded and stay small.
+func TestStrangePaths(t *testing.T) {
+	p, s, _ := plugin(t, nil)
+	for _, path := range []string{"/%ff%C3", "/" + strings.Repeat("a", 1<<20), "/" + strings.Repeat("%ff", 1<<18)} {
+		p.Observe(httptest.NewRequest(http.MethodGet, path, nil), 8080)(200)
+	}
+	p.Observe(&http.Request{Method: "\xff" + strings.Repeat("B", 1<<20), URL: &url.URL{Path: "/"}, Header: http.Header{}}, 8080)(200)
+	p.Shutdown()
+	if len(s.spans) != 4 {
+		t.Fatalf("%d spans, want 4", len(s.spans))
+	}
+	for _, span := range s.spans {
+		b, err := proto.Marshal(span)
+		if err != nil || len(b) > 4<<10 {
+			t.Errorf("a span of %d bytes: %v", len(b), err)
+		}
+	}
+	if diff := cmp.Diff("/%ff%C3", s.spans[0].GetAttributes()[len(s.spans[0].GetAttributes())-1].GetValue().GetStringValue()); diff != "" {
+		t.Errorf("url.path (-want +got):\n%s", diff)
+	}
+}
+
 func TestUsageFails(t *testing.T) {
 	p, s, _ := plugin(t, errors.New("no /proc"))
 	p.Shutdown()
