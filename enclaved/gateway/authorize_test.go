@@ -73,6 +73,7 @@ func TestAuthorize(t *testing.T) {
 				return res, string(b)
 			}
 			reached.Store(0)
+			counted, _ := e.Requests()
 			res, body := do("/refused")
 			if res.StatusCode != 401 || body != "no" || res.Header.Get("Www-Authenticate") != "Bearer" || res.Header.Get("Content-Type") != "text/plain; charset=utf-8" {
 				t.Errorf("refused: %d %v %q", res.StatusCode, res.Header, body)
@@ -82,6 +83,9 @@ func TestAuthorize(t *testing.T) {
 			}
 			if n := reached.Load(); n != 0 {
 				t.Errorf("%d refused requests have reached the workload", n)
+			}
+			if total, _ := e.Requests(); total != counted {
+				t.Errorf("%d refused requests are counted as the workload's", total-counted)
 			}
 			res, body = do("/")
 			if res.StatusCode != 200 || res.Header.Get("X-Checked") != "yes" || res.Header.Get("X-Answer") != "workload" {

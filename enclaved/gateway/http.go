@@ -123,7 +123,6 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 
 // pass hands the request to the workload.
 func (w *web) pass(rw http.ResponseWriter, r *http.Request) {
-	defer w.port.gateway.request()()
 	w.strip(r)
 	if w.port.authorize != nil {
 		v := w.port.authorize(r)
@@ -134,6 +133,7 @@ func (w *web) pass(rw http.ResponseWriter, r *http.Request) {
 		}
 		r = r.WithContext(context.WithValue(r.Context(), verdictKey{}, v))
 	}
+	defer w.port.gateway.request()()
 	if w.port.observe != nil {
 		watched := &watchedWriter{ResponseWriter: rw}
 		end := w.port.observe(r, w.port.number)
