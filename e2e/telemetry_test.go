@@ -66,7 +66,7 @@ func (o *telemetry) start(t *testing.T, measurements string) {
 		ObjectMeta: metav1.ObjectMeta{Name: "otel-collector-trust"},
 		Data:       map[string]string{"measurements.json": read(measurements), "root.pem": read(o.ns.root)},
 	})
-	manifests := output(t, "kubectl", "kustomize", "../manifests/observability")
+	manifests := strings.ReplaceAll(output(t, "kubectl", "kustomize", "../manifests/observability"), "cloister-observability", o.ns.name)
 	for _, name := range []string{"collector", "prometheus", "jaeger", "victorialogs"} {
 		manifests = strings.ReplaceAll(manifests, "image: cloister.dev/"+name+"\n", "image: "+setting(t, "CLOISTER_"+strings.ToUpper(name)+"_IMAGE")+"\n")
 	}
@@ -75,6 +75,12 @@ func (o *telemetry) start(t *testing.T, measurements string) {
 	if out, err := apply.CombinedOutput(); err != nil {
 		t.Fatalf("kubectl apply: %v: %s", err, out)
 	}
+	t.Cleanup(func() { // what does not go with the namespace
+		remove := exec.Command("kubectl", "delete", "clusterrole/"+o.ns.name, "clusterrolebinding/"+o.ns.name)
+		if out, err := remove.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
 }
 
 // wait waits until what a test needs of it serves.
@@ -246,7 +252,6 @@ func (o *telemetry) refusesOthers(t *testing.T) {
 		}
 		return n
 	}
-	addr := o.ns.forward(t, "service/otel-collector", 4317)
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(o.cert)
 	ordinary, err := tls.X509KeyPair(certificate(t, "client.example"))
@@ -257,6 +262,8 @@ func (o *telemetry) refusesOthers(t *testing.T) {
 		"without a certificate":        {},
 		"with an ordinary certificate": {Certificates: []tls.Certificate{ordinary}},
 	} {
+		// kubectl gives a forwarded port up when the pod resets a connection.
+		addr := o.ns.forward(t, "service/otel-collector", 4317)
 		before := refused()
 		config.RootCAs, config.ServerName = pool, o.host
 		conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(credentials.NewTLS(config)))
