@@ -40,7 +40,7 @@ func TestDashboard(t *testing.T) {
 	if _, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), denied, metav1.CreateOptions{}); err == nil {
 		t.Fatal("the pod is not denied")
 	}
-	o.wait(t)
+	o.wait(t, "otel-collector", "prometheus")
 	ns.ready(t, "nginx", 1)
 	o.refusesOthers(t)
 
