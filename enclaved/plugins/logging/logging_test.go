@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,18 +17,30 @@ import (
 )
 
 // sent remembers the bodies of what was exported, one list for each call.
-type sent struct{ calls [][]string }
+type sent struct {
+	mu    sync.Mutex // flushes come from a timer too
+	calls [][]string
+}
 
 func (s *sent) Logs(r *logs.ResourceLogs) {
 	var bodies []string
 	for _, record := range r.GetScopeLogs()[0].GetLogRecords() {
 		bodies = append(bodies, record.GetAttributes()[0].GetValue().GetStringValue()+": "+record.GetBody().GetStringValue())
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.calls = append(s.calls, bodies)
 }
 
+// snapshot returns the calls so far.
+func (s *sent) snapshot() [][]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.calls)
+}
+
 func (s *sent) all() (out []string) {
-	for _, c := range s.calls {
+	for _, c := range s.snapshot() {
 		out = append(out, c...)
 	}
 	return out
@@ -114,14 +128,14 @@ func TestBatches(t *testing.T) {
 		w.Write([]byte("a\n"))
 		time.Sleep(delay / 2)
 		w.Write([]byte("b\n"))
-		if len(exporter.calls) != 0 {
-			t.Errorf("sent %v at once", exporter.calls)
+		if len(exporter.snapshot()) != 0 {
+			t.Errorf("sent %v at once", exporter.snapshot())
 		}
 		time.Sleep(delay)
 		synctest.Wait()
 		w.Write([]byte(strings.Repeat("c\n", batch)))
-		if len(exporter.calls) != 2 || len(exporter.calls[0]) != 2 || len(exporter.calls[1]) != batch {
-			t.Errorf("%d calls", len(exporter.calls))
+		if len(exporter.snapshot()) != 2 || len(exporter.snapshot()[0]) != 2 || len(exporter.snapshot()[1]) != batch {
+			t.Errorf("%d calls", len(exporter.snapshot()))
 		}
 	})
 }
