@@ -134,9 +134,9 @@ func TestDenied(t *testing.T) {
 			p.Annotations["cloister.dev/enclav"] = "app"
 			tag(p)
 			app(p).Env = []corev1.EnvVar{fromField}
-			config(p, "egress: []")
+			config(p, "hostFiles: []")
 			p.Spec.HostNetwork = true
-		}, []string{"persistent volume claim", `cloister.dev/enclav`, "did you mean", "digest", "valueFrom", "egress", "hostNetwork"}},
+		}, []string{"persistent volume claim", `cloister.dev/enclav`, "did you mean", "digest", "valueFrom", "hostFiles", "hostNetwork"}},
 		"PVC":               {func(p *corev1.Pod) { mount(p, claim) }, []string{"persistent volume claim"}},
 		"misspelt":          {func(p *corev1.Pod) { p.Annotations = map[string]string{"cloister.dev/enclav": "app"} }, []string{"cloister.dev/enclav", `did you mean "cloister.dev/enclave"`}},
 		"missing container": {func(p *corev1.Pod) { p.Annotations["cloister.dev/enclave"] = "ap" }, []string{"cloister.dev/enclave", `"ap"`}},
