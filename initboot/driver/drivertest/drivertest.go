@@ -255,6 +255,10 @@ func (s server) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) err
 	s.e.run = r
 	s.e.mu.Unlock()
 	exited := s.e.d.Workload(s.e.stopped, s.e, stream.Send)
+	if s.e.ctx.Err() != nil { // a dead enclave says nothing: its connection breaks
+		<-stream.Context().Done()
+		return stream.Context().Err()
+	}
 	if exited == nil {
 		return status.Error(codes.Internal, "the test's workload has no exit code")
 	}
