@@ -11,7 +11,8 @@ run: ## from nothing to an attested answer of an nginx in an enclave (OBSERVABIL
 	@hack/run.sh
 
 .PHONY: test
-test: test-unit test-e2e ## all tests
+test: ## all tests
+	@hack/test.sh
 
 .PHONY: test-unit
 test-unit: ## build, verify, lint, and the tests that need no cluster

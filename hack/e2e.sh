@@ -5,16 +5,15 @@
 #	set -a; . ~/.cache/cloister/out/e2e.env; set +a; go test -count=1 -v -run TestName ./e2e/...
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
+"$HACK/e2e-servers.sh"
 "$HACK/up.sh" install
 use_engine
 use_cluster
 again="read the log, then run the same command again: what is done stays done"
-step "Keycloak $KEYCLOAK_VERSION" "$again" "$HACK/keycloak.sh" build
 step "Keycloak on the node" "$again" "$HACK/keycloak.sh" load
-step "example plugin in Python" "$again" "$HACK/pathguard.sh" build
 step "example plugin in the registry" "$again" "$HACK/pathguard.sh" push
-step "image collector" "$again" "$HACK/images.sh" collector
-step "VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" victorialogs prometheus jaeger
+step "images collector, VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" collector victorialogs prometheus jaeger
 . "$OUT/images.env"
 cat >"$OUT/e2e.env" <<ENV
 CLOISTER_E2E=1

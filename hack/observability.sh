@@ -41,8 +41,7 @@ victorialogs() {
 build() {
   local pin=${1^^}_VERSION src=
   if [ -x "$OUT/$1" ] && [ "$(cat "$OUT/$1.version" 2>/dev/null)" = "${!pin}" ]; then return; fi
-  # Go's scheduler leaves the machine to everything else that is built at the same time.
-  (renice -n 19 $BASHPID >/dev/null; "$1")
+  ("$1")
   rm -rf "$CACHE/src/$1"
   echo "${!pin}" >"$OUT/$1.version"
 }

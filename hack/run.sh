@@ -7,8 +7,7 @@ use_engine
 use_cluster
 again="read the log, then run the same command again: what is done stays done"
 if [ "${OBSERVABILITY:-}" = 1 ]; then
-  step "image collector" "$again" "$HACK/images.sh" collector
-  step "VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" victorialogs prometheus jaeger
+  step "images collector, VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" collector victorialogs prometheus jaeger
   step "certificate of the collector" "$again" "$HACK/observability.sh" identity
 fi
 step "sample: measurements from YAML and EIF" "read the log" "$HACK/sample.sh" measure
