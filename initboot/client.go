@@ -17,6 +17,7 @@ import (
 
 	"cloister.dev/cloister/initboot/console"
 	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
 )
 
@@ -25,7 +26,7 @@ func runConsole(args []string) int {
 	f := flags("console")
 	grace := f.Duration("grace-period", 30*time.Second, "the pod's terminationGracePeriodSeconds")
 	socket := f.String("socket", podsock.Path, "initboot's `socket`")
-	listen := f.String("listen", ":14021", "`address` of the probe server")
+	listen := f.String("listen", fmt.Sprintf(":%d", podenv.ConsolePort), "`address` of the probe server")
 	messages := f.String("termination-log", "/dev/termination-log", "`file` for the termination message")
 	if !parse(f, args, os.Stderr) {
 		return 2

@@ -34,6 +34,7 @@ import (
 	"cloister.dev/cloister/attestation"
 	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/internal/nsmdev"
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/workload"
@@ -106,7 +107,7 @@ func newPod(t *testing.T) *pod {
 		t.Fatal(err)
 	}
 	p.initboot = exec.Command(p.bin, "serve", "--eif", p.path("base.eif"), "--run-dir", p.path("run"), "--cache-dir", p.path("cache"), "--dev-keys", dir)
-	p.initboot.Env = []string{"CLOISTER_MANIFEST=" + string(manifest), "CLOISTER_IMAGE=" + ref.String(), "CLOISTER_MEMORY=268435456"}
+	p.initboot.Env = []string{podenv.EnvManifest + "=" + string(manifest), podenv.EnvImage + "=" + ref.String(), podenv.EnvMemory + "=268435456"}
 	p.initboot.Stdout, p.initboot.Stderr = p.log, p.log
 	if err := os.Mkdir(p.path("run"), 0o755); err != nil {
 		t.Fatal(err)

@@ -21,6 +21,7 @@ import (
 	"cloister.dev/cloister/initboot/content"
 	"cloister.dev/cloister/initboot/driver/process"
 	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/workload"
 )
@@ -31,8 +32,8 @@ func serve(args []string) int {
 	f := flags("serve")
 	driverName := f.String("driver", "process", "how the enclave is launched: `process`")
 	image := f.String("eif", "/base.eif", "enclave image `file`")
-	runDir := f.String("run-dir", filepath.Dir(podsock.Path), "`folder` that the pod's containers of Cloister share")
-	cacheDir := f.String("cache-dir", "/var/cache/cloister", "`folder` of the image cache")
+	runDir := f.String("run-dir", podenv.RunDir, "`folder` that the pod's containers of Cloister share")
+	cacheDir := f.String("cache-dir", podenv.CacheDir, "`folder` of the image cache")
 	keyDir := f.String("dev-keys", "/etc/cloister/dev", "`folder` of the development NSM's root.pem and key.pem, in builds that have one")
 	if !parse(f, args, os.Stderr) {
 		return 2
@@ -70,28 +71,28 @@ func serve(args []string) int {
 
 // configure reads what the webhook put into the environment.
 func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
-	cfg.Manifest = []byte(os.Getenv("CLOISTER_MANIFEST"))
+	cfg.Manifest = []byte(os.Getenv(podenv.EnvManifest))
 	if len(cfg.Manifest) == 0 {
-		return errors.New("CLOISTER_MANIFEST is not set: it must be the workload manifest")
+		return errors.New(podenv.EnvManifest + " is not set: it must be the workload manifest")
 	}
 	if cfg.Workload, err = workload.Parse(cfg.Manifest); err != nil {
-		return fmt.Errorf("CLOISTER_MANIFEST: %w", err)
+		return fmt.Errorf("%s: %w", podenv.EnvManifest, err)
 	}
-	cfg.Memory, err = strconv.ParseInt(os.Getenv("CLOISTER_MEMORY"), 10, 64)
+	cfg.Memory, err = strconv.ParseInt(os.Getenv(podenv.EnvMemory), 10, 64)
 	if err != nil || cfg.Memory <= 0 {
-		return fmt.Errorf("CLOISTER_MEMORY is %q: it must be the enclave's memory in bytes, a decimal number", os.Getenv("CLOISTER_MEMORY"))
+		return fmt.Errorf("%s is %q: it must be the enclave's memory in bytes, a decimal number", podenv.EnvMemory, os.Getenv(podenv.EnvMemory))
 	}
 	var plugins []string
-	if list := os.Getenv("CLOISTER_PLUGIN_IMAGES"); list != "" {
+	if list := os.Getenv(podenv.EnvPluginImages); list != "" {
 		if err := json.Unmarshal([]byte(list), &plugins); err != nil {
-			return fmt.Errorf("CLOISTER_PLUGIN_IMAGES must be a JSON array of image references: %w", err)
+			return fmt.Errorf("%s must be a JSON array of image references: %w", podenv.EnvPluginImages, err)
 		}
 	}
-	if cfg.Content, err = content.New(os.Getenv("CLOISTER_IMAGE"), plugins, cacheDir, cfg.Memory, cfg.Log); err != nil {
-		return fmt.Errorf("CLOISTER_IMAGE or CLOISTER_PLUGIN_IMAGES: %w", err)
+	if cfg.Content, err = content.New(os.Getenv(podenv.EnvImage), plugins, cacheDir, cfg.Memory, cfg.Log); err != nil {
+		return fmt.Errorf("%s or %s: %w", podenv.EnvImage, podenv.EnvPluginImages, err)
 	}
-	if name := os.Getenv("CLOISTER_POD_NAME"); name != "" {
-		cfg.Pod = &channel.Pod{Name: name, Namespace: os.Getenv("CLOISTER_POD_NAMESPACE"), Uid: os.Getenv("CLOISTER_POD_UID")}
+	if name := os.Getenv(podenv.EnvPodName); name != "" {
+		cfg.Pod = &channel.Pod{Name: name, Namespace: os.Getenv(podenv.EnvPodNamespace), Uid: os.Getenv(podenv.EnvPodUID)}
 	}
 	cfg.NSM, err = devNSM(keyDir)
 	return err

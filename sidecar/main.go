@@ -17,6 +17,7 @@ import (
 	"strings"
 	"syscall"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/sidecar/envoy"
 	"cloister.dev/cloister/workload"
 )
@@ -46,13 +47,13 @@ func main() {
 func serve(log *slog.Logger) error {
 	c := defaults()
 	var err error
-	if c.ports, err = parsePorts(os.Getenv("CLOISTER_PORTS")); err != nil {
+	if c.ports, err = parsePorts(os.Getenv(podenv.EnvPorts)); err != nil {
 		return err
 	}
-	if c.egress, err = parseEgress(os.Getenv("CLOISTER_EGRESS")); err != nil {
+	if c.egress, err = parseEgress(os.Getenv(podenv.EnvEgress)); err != nil {
 		return err
 	}
-	c.awsRegion = os.Getenv("CLOISTER_AWS_REGION")
+	c.awsRegion = os.Getenv(podenv.EnvAWSRegion)
 	if err := raiseFileLimit(); err != nil {
 		return err
 	}
@@ -61,31 +62,31 @@ func serve(log *slog.Logger) error {
 	return run(ctx, log, c)
 }
 
-// parsePorts reads CLOISTER_PORTS, a JSON array of port numbers as the webhook writes it.
+// parsePorts reads podenv.EnvPorts, a JSON array of port numbers as the webhook writes it.
 func parsePorts(s string) ([]uint16, error) {
 	var ports []uint16
 	if err := json.Unmarshal([]byte(s), &ports); err != nil {
-		return nil, fmt.Errorf("read CLOISTER_PORTS, a JSON array of port numbers: %w", err)
+		return nil, fmt.Errorf("read %s, a JSON array of port numbers: %w", podenv.EnvPorts, err)
 	}
 	slices.Sort(ports)
 	if len(slices.Compact(slices.Clone(ports))) != len(ports) || slices.Contains(ports, 0) {
-		return nil, fmt.Errorf("read CLOISTER_PORTS: %s has a port twice, or port 0", s)
+		return nil, fmt.Errorf("read %s: %s has a port twice, or port 0", podenv.EnvPorts, s)
 	}
 	return ports, nil
 }
 
-// parseEgress reads CLOISTER_EGRESS, a JSON array of "host:port" as the webhook writes it, or nothing.
+// parseEgress reads podenv.EnvEgress, a JSON array of "host:port" as the webhook writes it, or nothing.
 func parseEgress(s string) ([]string, error) {
 	if s == "" {
 		return nil, nil
 	}
 	var endpoints []string
 	if err := json.Unmarshal([]byte(s), &endpoints); err != nil {
-		return nil, fmt.Errorf("read CLOISTER_EGRESS, a JSON array of host:port: %w", err)
+		return nil, fmt.Errorf("read %s, a JSON array of host:port: %w", podenv.EnvEgress, err)
 	}
 	for _, e := range endpoints {
 		if _, _, err := workload.ParseEndpoint(e); err != nil {
-			return nil, fmt.Errorf("read CLOISTER_EGRESS: %q: %w", e, err)
+			return nil, fmt.Errorf("read %s: %q: %w", podenv.EnvEgress, e, err)
 		}
 	}
 	return endpoints, nil

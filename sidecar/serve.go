@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podmetrics"
 	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/internal/vsock"
@@ -51,10 +52,10 @@ type config struct {
 func defaults() config {
 	return config{
 		podSocket:      podsock.Path,
-		dir:            "/run/cloister-sidecar",
+		dir:            podenv.SidecarDir,
 		envoyBinary:    "/envoy",
 		maxConnections: envoy.MaxConnections(),
-		readyAddr:      fmt.Sprintf(":%d", podmetrics.Port),
+		readyAddr:      fmt.Sprintf(":%d", podenv.SidecarPort),
 		envoyLog:       os.Stderr,
 	}
 }

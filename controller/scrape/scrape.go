@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podmetrics"
 )
 
@@ -237,7 +238,7 @@ var plain = &http.Client{
 
 // fetch asks the sidecar of a pod.
 func fetch(ctx context.Context, pod *corev1.Pod) (podmetrics.Snapshot, error) {
-	return get(ctx, "http://"+net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(podmetrics.Port))+podmetrics.Path)
+	return get(ctx, "http://"+net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(podenv.SidecarPort))+podmetrics.Path)
 }
 
 func get(ctx context.Context, url string) (podmetrics.Snapshot, error) {

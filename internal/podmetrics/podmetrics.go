@@ -1,4 +1,4 @@
-// Package podmetrics is what a sidecar says of its enclave on /metrics of port 14022, in Prometheus' text
+// Package podmetrics is what a sidecar says of its enclave on /metrics of its port, in Prometheus' text
 // format: Handler writes it, Parse reads it. Nobody may trust it: the host can write what it likes.
 //
 //	cloister_enclave_phase{phase}            1 for the present phase, 0 for the others
@@ -34,11 +34,8 @@ import (
 	"cloister.dev/cloister/internal/podsock"
 )
 
-// Port is where sidecars serve Path.
-const (
-	Port = 14022
-	Path = "/metrics"
-)
+// Path is where sidecars serve it, on podenv.SidecarPort.
+const Path = "/metrics"
 
 // maxSize is the most that Parse reads, in bytes: a hundred times what Handler writes.
 const maxSize = 256 << 10

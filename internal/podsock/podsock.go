@@ -8,10 +8,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"cloister.dev/cloister/internal/podenv"
 )
 
 // Path is where initboot listens, in a volume that only containers of ours mount.
-const Path = "/run/cloister/pod.sock"
+const Path = podenv.RunDir + "/pod.sock"
 
 // Dial returns a connection to the socket at path, which need not be there yet: calls fail until it is, or
 // wait for it with grpc.WaitForReady. The caller closes it.

@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/annotation"
 	"cloister.dev/cloister/webhook/config"
 	"cloister.dev/cloister/workload"
@@ -105,22 +106,22 @@ func (p *problems) readBack(path *field.Path, c *corev1.Container) (m *workload.
 		p.forbid(path.Child("env"), name+", which was injected, is gone")
 		return ""
 	}
-	text, image, number := value(envManifest), value(envImage), value(envMemory)
+	text, image, number := value(podenv.EnvManifest), value(podenv.EnvImage), value(podenv.EnvMemory)
 	if len(p.list) > 0 {
 		return nil, nil, "", 0
 	}
 	canonical = []byte(text)
 	m, err := workload.Parse(canonical)
 	if err != nil {
-		p.forbid(path.Child("env").Key(envManifest), err.Error())
+		p.forbid(path.Child("env").Key(podenv.EnvManifest), err.Error())
 		return nil, nil, "", 0
 	}
 	if digest := imageRE.FindStringSubmatch(image); digest == nil || digest[1] != m.Image.Digest {
-		p.forbid(path.Child("env").Key(envImage), "it does not name the image of the workload manifest")
+		p.forbid(path.Child("env").Key(podenv.EnvImage), "it does not name the image of the workload manifest")
 	}
 	memory, err = strconv.ParseInt(number, 10, 64)
 	if err != nil || memory < 1 || memory > config.MaxMemory {
-		p.forbid(path.Child("env").Key(envMemory), "it is not a number of bytes")
+		p.forbid(path.Child("env").Key(podenv.EnvMemory), "it is not a number of bytes")
 	}
 	return m, canonical, image, memory
 }
@@ -134,7 +135,7 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 		p.forbid(path.Child("command"), fmt.Sprintf("it is not what is injected, %q without args", want.Command))
 	}
 	for i, e := range have.Env {
-		if !strings.HasPrefix(e.Name, envPrefix) {
+		if !strings.HasPrefix(e.Name, podenv.EnvPrefix) {
 			continue
 		}
 		// More than one of a name would let the last one win.

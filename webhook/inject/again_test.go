@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/annotation"
 )
 
@@ -145,7 +146,7 @@ func TestSecondPass(t *testing.T) {
 		},
 		"manifest not canonical": {
 			change: func(p *corev1.Pod) {
-				e := env(&p.Spec.InitContainers[boot], envManifest)
+				e := env(&p.Spec.InitContainers[boot], podenv.EnvManifest)
 				e.Value = " " + e.Value
 			},
 			denied: "not in its RFC 8785 form",
@@ -156,7 +157,7 @@ func TestSecondPass(t *testing.T) {
 		},
 		"manifest forged, other than measured": {
 			change: func(p *corev1.Pod) {
-				e := env(&p.Spec.InitContainers[boot], envManifest)
+				e := env(&p.Spec.InitContainers[boot], podenv.EnvManifest)
 				e.Value = strings.Replace(e.Value, "daemon off;", "daemon on;", 1)
 			},
 			denied: "it is not what the injected manifest measures to",
@@ -164,7 +165,7 @@ func TestSecondPass(t *testing.T) {
 		"manifest set twice": {
 			change: func(p *corev1.Pod) {
 				c := &p.Spec.InitContainers[boot]
-				c.Env = append(c.Env, *env(c, envManifest))
+				c.Env = append(c.Env, *env(c, podenv.EnvManifest))
 			},
 			denied: "CLOISTER_MANIFEST is not what is injected",
 		},
@@ -177,16 +178,16 @@ func TestSecondPass(t *testing.T) {
 		},
 		"image of another digest": {
 			change: func(p *corev1.Pod) {
-				env(&p.Spec.InitContainers[boot], envImage).Value = "x@sha256:" + strings.Repeat("cd", 32)
+				env(&p.Spec.InitContainers[boot], podenv.EnvImage).Value = "x@sha256:" + strings.Repeat("cd", 32)
 			},
 			denied: "does not name the image of the workload manifest",
 		},
 		"memory": {
-			change: func(p *corev1.Pod) { env(&p.Spec.InitContainers[boot], envMemory).Value = "1" },
+			change: func(p *corev1.Pod) { env(&p.Spec.InitContainers[boot], podenv.EnvMemory).Value = "1" },
 			denied: "metadata.annotations[cloister.dev/config].memory: Forbidden: it is not what was injected",
 		},
 		"ports of the sidecar": {
-			change: func(p *corev1.Pod) { env(&p.Spec.InitContainers[side], envPorts).Value = "[81]" },
+			change: func(p *corev1.Pod) { env(&p.Spec.InitContainers[side], podenv.EnvPorts).Value = "[81]" },
 			denied: "CLOISTER_PORTS is not what is injected",
 		},
 		"restart policy": {
@@ -223,7 +224,7 @@ func TestSecondPass(t *testing.T) {
 		},
 		"port of ours taken": {
 			change: func(p *corev1.Pod) {
-				p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "other", Ports: []corev1.ContainerPort{{ContainerPort: sidecarPort}}})
+				p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "other", Ports: []corev1.ContainerPort{{ContainerPort: podenv.SidecarPort}}})
 			},
 			denied: "port 14022 is taken by Cloister",
 		},
@@ -251,7 +252,7 @@ func TestSecondPass(t *testing.T) {
 		"egress in the sidecar": {
 			change: func(p *corev1.Pod) {
 				c := &p.Spec.InitContainers[side]
-				c.Env = append(c.Env, corev1.EnvVar{Name: envEgress, Value: `["spy.example:443"]`})
+				c.Env = append(c.Env, corev1.EnvVar{Name: podenv.EnvEgress, Value: `["spy.example:443"]`})
 			},
 			denied: "CLOISTER_EGRESS is not what is injected",
 		},

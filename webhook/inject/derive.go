@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/annotation"
 	"cloister.dev/cloister/webhook/config"
 	"cloister.dev/cloister/workload"
@@ -110,7 +111,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	if err != nil {
 		return nil, manifestErrors(cp, err)
 	}
-	if n := len(envManifest) + len("=") + len(canonical) + 1; n > workload.MaxManifestSize {
+	if n := len(podenv.EnvManifest) + len("=") + len(canonical) + 1; n > workload.MaxManifestSize {
 		return nil, field.ErrorList{field.Invalid(cp, field.OmitValueType{}, fmt.Sprintf(
 			"its workload manifest makes an environment variable of %d bytes and the kernel takes at most %d: shorten command, args, env or probes", n, workload.MaxManifestSize))}
 	}

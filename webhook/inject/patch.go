@@ -12,6 +12,7 @@ import (
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/annotation"
 )
 
@@ -44,7 +45,7 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 	}
 	if !annotation.Any(head.Metadata.Annotations) {
 		for _, c := range head.Spec.InitContainers {
-			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e named) bool { return e.Name == envManifest }) {
+			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e named) bool { return e.Name == podenv.EnvManifest }) {
 				// Another webhook took them away. It could have taken the console too.
 				return nil, nil, field.ErrorList{field.Required(annotationsPath.Key(annotation.Enclave), "the pod was injected and its annotations are gone")}
 			}

@@ -8,6 +8,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/config"
 	"cloister.dev/cloister/workload"
 )
@@ -41,16 +42,16 @@ func pluginImagesEnv(images []string) []corev1.EnvVar {
 	if len(images) == 0 {
 		return nil
 	}
-	return []corev1.EnvVar{{Name: envPluginImages, Value: escape(jsonText(images))}}
+	return []corev1.EnvVar{{Name: podenv.EnvPluginImages, Value: escape(jsonText(images))}}
 }
 
 // readPluginImages reads that back. Each must have the digest that the manifest has at its place.
 func (p *problems) readPluginImages(path *field.Path, c *corev1.Container, m *workload.Manifest) []string {
 	var images []string
 	for _, e := range c.Env {
-		if e.Name == envPluginImages && e.ValueFrom == nil {
+		if e.Name == podenv.EnvPluginImages && e.ValueFrom == nil {
 			if err := json.Unmarshal([]byte(unescape(e.Value)), &images); err != nil {
-				p.forbid(path.Child("env").Key(envPluginImages), "it is not a list of images")
+				p.forbid(path.Child("env").Key(podenv.EnvPluginImages), "it is not a list of images")
 				return nil
 			}
 			break
@@ -69,7 +70,7 @@ func (p *problems) readPluginImages(path *field.Path, c *corev1.Container, m *wo
 		}
 	}
 	if len(got) != len(images) || !reflect.DeepEqual(got, want) {
-		p.forbid(path.Child("env").Key(envPluginImages), "it does not name the images of the workload manifest's plugins")
+		p.forbid(path.Child("env").Key(podenv.EnvPluginImages), "it does not name the images of the workload manifest's plugins")
 	}
 	return images
 }

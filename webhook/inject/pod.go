@@ -6,12 +6,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
-)
 
-// Ports of the pod that are ours.
-const (
-	consolePort = 14021
-	sidecarPort = 14022
+	"cloister.dev/cloister/internal/podenv"
 )
 
 // unprivilegedPorts lets the sidecar, which has no capabilities, listen on ports below 1024. It is one of
@@ -57,7 +53,7 @@ func (p *problems) checkPod(spec *corev1.PodSpec) {
 	for _, l := range containerLists(spec) {
 		for i, c := range l.containers {
 			for j, port := range c.Ports {
-				if n := port.ContainerPort; n == consolePort || n == sidecarPort {
+				if n := port.ContainerPort; n == podenv.ConsolePort || n == podenv.SidecarPort {
 					p.forbid(l.path.Index(i).Child("ports").Index(j).Child("containerPort"),
 						fmt.Sprintf("port %d is taken by Cloister in a pod with an enclave: choose another", n))
 				}

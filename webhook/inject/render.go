@@ -12,22 +12,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/workload"
-)
-
-// Environment of our containers.
-const (
-	envPrefix       = "CLOISTER_"
-	envManifest     = "CLOISTER_MANIFEST"
-	envImage        = "CLOISTER_IMAGE"
-	envMemory       = "CLOISTER_MEMORY"
-	envPorts        = "CLOISTER_PORTS"
-	envEgress       = "CLOISTER_EGRESS"
-	envPluginImages = "CLOISTER_PLUGIN_IMAGES"
-	envPodName      = "CLOISTER_POD_NAME"
-	envPodNamespace = "CLOISTER_POD_NAMESPACE"
-	envPodUID       = "CLOISTER_POD_UID"
-	envAWSRegion    = "CLOISTER_AWS_REGION"
 )
 
 // Volumes of ours.
@@ -69,10 +55,10 @@ func volumes() []corev1.Volume {
 // Mounts of our containers. The empty volume at the token's path keeps the API server from mounting a
 // token there: none of our containers talks to the API.
 var (
-	mountRun     = corev1.VolumeMount{Name: volumeRun, MountPath: "/run/cloister"}
+	mountRun     = corev1.VolumeMount{Name: volumeRun, MountPath: podenv.RunDir}
 	mountNoToken = corev1.VolumeMount{Name: volumeNoToken, MountPath: tokenPath, ReadOnly: true}
-	mountCache   = corev1.VolumeMount{Name: volumeCache, MountPath: "/var/cache/cloister"}
-	mountTmp     = corev1.VolumeMount{Name: volumeTmp, MountPath: "/run/cloister-sidecar"}
+	mountCache   = corev1.VolumeMount{Name: volumeCache, MountPath: podenv.CacheDir}
+	mountTmp     = corev1.VolumeMount{Name: volumeTmp, MountPath: podenv.SidecarDir}
 	mountPodinfo = corev1.VolumeMount{Name: volumePodinfo, MountPath: "/etc/podinfo", ReadOnly: true}
 )
 
@@ -98,9 +84,9 @@ func initboot(opts Options, m *workload.Manifest, canonical []byte, image string
 		Image:   opts.InitbootImage,
 		Command: []string{"/initboot", "serve", "--driver=" + opts.Driver},
 		Env: slices.Concat([]corev1.EnvVar{
-			{Name: envManifest, Value: escape(string(canonical))},
-			{Name: envImage, Value: escape(image)},
-			{Name: envMemory, Value: strconv.FormatInt(memory, 10)},
+			{Name: podenv.EnvManifest, Value: escape(string(canonical))},
+			{Name: podenv.EnvImage, Value: escape(image)},
+			{Name: podenv.EnvMemory, Value: strconv.FormatInt(memory, 10)},
 		}, pluginImagesEnv(pluginImages), podEnv(m)),
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
@@ -128,19 +114,19 @@ func podEnv(m *workload.Manifest) []corev1.EnvVar {
 		}}
 	}
 	return []corev1.EnvVar{
-		from(envPodName, "metadata.name"), from(envPodNamespace, "metadata.namespace"), from(envPodUID, "metadata.uid"),
+		from(podenv.EnvPodName, "metadata.name"), from(podenv.EnvPodNamespace, "metadata.namespace"), from(podenv.EnvPodUID, "metadata.uid"),
 	}
 }
 
 // sidecar renders the second native sidecar, without resources.
 func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 	always := corev1.ContainerRestartPolicyAlways
-	env := []corev1.EnvVar{{Name: envPorts, Value: jsonText(portNumbers(m))}}
+	env := []corev1.EnvVar{{Name: podenv.EnvPorts, Value: jsonText(portNumbers(m))}}
 	if list := m.Endpoints(); len(list) > 0 {
-		env = append(env, corev1.EnvVar{Name: envEgress, Value: jsonText(list)})
+		env = append(env, corev1.EnvVar{Name: podenv.EnvEgress, Value: jsonText(list)})
 	}
 	if m.KMS != nil {
-		env = append(env, corev1.EnvVar{Name: envAWSRegion, Value: m.KMS.Region})
+		env = append(env, corev1.EnvVar{Name: podenv.EnvAWSRegion, Value: m.KMS.Region})
 	}
 	return corev1.Container{
 		Name:            Sidecar,
@@ -152,7 +138,7 @@ func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 		StartupProbe:    execProbe("/sidecar", "probe", "startup"),
 		// It follows the enclave closely: a pod whose enclave is gone must leave its Services at once.
 		ReadinessProbe: &corev1.Probe{
-			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(sidecarPort), Scheme: corev1.URISchemeHTTP}},
+			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(podenv.SidecarPort), Scheme: corev1.URISchemeHTTP}},
 			PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 1, SuccessThreshold: 1,
 		},
 		VolumeMounts:    []corev1.VolumeMount{mountRun, mountTmp, mountPodinfo, mountNoToken},
@@ -249,7 +235,7 @@ func consoleProbe(kind string, author *corev1.Probe) *corev1.Probe {
 	return &corev1.Probe{
 		ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{
 			Path:   fmt.Sprintf("/probe/%s?timeout=%ds&period=%ds&delay=%ds", kind, a.TimeoutSeconds, a.PeriodSeconds, a.InitialDelaySeconds),
-			Port:   intstr.FromInt32(consolePort),
+			Port:   intstr.FromInt32(podenv.ConsolePort),
 			Scheme: corev1.URISchemeHTTP,
 		}},
 		TimeoutSeconds:                later(a.TimeoutSeconds, 1),

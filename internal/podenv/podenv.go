@@ -1,0 +1,39 @@
+// Package podenv names what the webhook writes into a pod and the injected containers find there:
+// environment, ports and folders. It holds constants only, so that webhook/inject stays pure.
+package podenv
+
+// EnvPrefix begins the names of all variables that are injected; a pod can set none that begins with it.
+const EnvPrefix = "CLOISTER_"
+
+// Environment of initboot.
+const (
+	EnvManifest     = EnvPrefix + "MANIFEST"      // the workload manifest, canonical JSON
+	EnvImage        = EnvPrefix + "IMAGE"         // the workload's image reference, by digest
+	EnvMemory       = EnvPrefix + "MEMORY"        // the enclave's memory in bytes, a decimal number
+	EnvPluginImages = EnvPrefix + "PLUGIN_IMAGES" // JSON array of image references, by digest; unset for none
+
+	// The pod, where telemetry carries it.
+	EnvPodName      = EnvPrefix + "POD_NAME"
+	EnvPodNamespace = EnvPrefix + "POD_NAMESPACE"
+	EnvPodUID       = EnvPrefix + "POD_UID"
+)
+
+// Environment of the sidecar.
+const (
+	EnvPorts     = EnvPrefix + "PORTS"      // JSON array of the port numbers on which Envoy listens
+	EnvEgress    = EnvPrefix + "EGRESS"     // JSON array of "host:port" that the enclave may reach; unset for none
+	EnvAWSRegion = EnvPrefix + "AWS_REGION" // of the KMS that the enclave uses; unset where it uses none
+)
+
+// Ports of the pod that its containers cannot have.
+const (
+	ConsolePort = 14021 // the console answers the kubelet's probes
+	SidecarPort = 14022 // the sidecar's readiness and metrics
+)
+
+// Folders in our containers, each a volume.
+const (
+	RunDir     = "/run/cloister"         // of all three: initboot's sockets
+	CacheDir   = "/var/cache/cloister"   // of initboot: image content
+	SidecarDir = "/run/cloister-sidecar" // of the sidecar: Envoy's files and sockets
+)
