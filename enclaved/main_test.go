@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -105,25 +104,16 @@ func newContent(t *testing.T, program string) (h http.Handler, digest string) {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(content[r.URL.Path]) }), digest
 }
 
-// serveModule connects each stream to the module.
-func serveModule(t *testing.T, l net.Listener, module *nsmtest.Module) {
+// serveModule answers requests on each stream.
+func serveModule(l net.Listener, module *nsmtest.Module) {
 	for {
 		c, err := l.Accept()
 		if err != nil {
 			return
 		}
-		m, err := module.Dial(t.Context())
-		if err != nil {
-			c.Close()
-			return
-		}
 		go func() {
-			io.Copy(m, c)
-			m.Close()
-		}()
-		go func() {
-			io.Copy(c, m)
-			c.Close()
+			defer c.Close()
+			module.Serve(c)
 		}()
 	}
 }
@@ -160,7 +150,7 @@ func TestEnclave(t *testing.T) {
 	build(t, program, "./supervise/process/testdata/app")
 	content, digest := newContent(t, program)
 	go http.Serve(listen(contentPort), content)
-	go serveModule(t, listen(modulePort), nsmtest.New(t))
+	go serveModule(listen(modulePort), nsmtest.New(t))
 
 	m := workload.Manifest{APIVersion: workload.APIVersion, Image: workload.Image{Digest: digest}, Args: []string{"state"}}
 	canonical, err := m.Canonical()

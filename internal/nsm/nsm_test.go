@@ -47,7 +47,7 @@ func TestRegisters(t *testing.T) {
 	}
 
 	var refused *nsm.Error
-	if _, err := m.ExtendPCR(ctx, 16, nil); !errors.As(err, &refused) || refused.Code != response.ECReadOnlyIndex || refused.Op != "ExtendPCR" {
+	if _, err := m.ExtendPCR(ctx, 16, []byte("more")); !errors.As(err, &refused) || refused.Code != response.ECReadOnlyIndex || refused.Op != "ExtendPCR" {
 		t.Errorf("extending a locked register: %v", err)
 	}
 	if err := m.LockPCR(ctx, 99); !errors.As(err, &refused) || refused.Code != "InvalidIndex" {

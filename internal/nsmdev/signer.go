@@ -1,6 +1,6 @@
-// Package nsmdev signs attestation documents as a Nitro Security Module does, with keys of its own:
-// for the development NSM and for tests. Its documents verify only against its own root, never
-// against AWS's, and prove nothing about a real enclave.
+// Package nsmdev is the development NSM, a Nitro Security Module in software, and the signer of its
+// attestation documents. These verify only against a root of its own, never against AWS's, and prove
+// nothing about a real enclave.
 //
 // In production code only the files of initboot with the build tag devnsm import it, so that a
 // release cannot sign.

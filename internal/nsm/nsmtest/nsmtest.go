@@ -1,17 +1,14 @@
-// Package nsmtest is a security module for tests: registers and signed documents as a Nitro Security
-// Module has them, behind the stream of the development module.
+// Package nsmtest is the development module as tests need it: they see each request, refuse some, and
+// choose the age of documents.
 package nsmtest
 
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha512"
 	"crypto/x509"
 	"encoding/hex"
-	"maps"
+	"io"
 	"net"
-	"sync"
 	"testing"
 	"time"
 
@@ -23,14 +20,9 @@ import (
 	"cloister.dev/cloister/workload"
 )
 
-const (
-	registers = 32
-	firstFree = 16 // lower ones are locked at boot
-	maxSize   = 0x1000
-)
-
 // Module is the software module.
 type Module struct {
+	*nsmdev.Module
 	// Before, if set before the first Dial, is called with the name of each request and may block. An
 	// error code that it returns is the answer.
 	Before func(op string) response.ErrorCode
@@ -38,10 +30,10 @@ type Module struct {
 	Age time.Duration
 
 	signer *nsmdev.Signer
-	mu     sync.Mutex
-	pcrs   map[uint][]byte
-	locked map[uint]bool
 }
+
+// pcr0 is PCR0 of every module.
+var pcr0 = bytes.Repeat([]byte{1}, workload.PCRSize)
 
 // New returns a module whose PCR0, 1 and 2 are not zero, below a new root.
 func New(t testing.TB) *Module {
@@ -61,14 +53,10 @@ func New(t testing.TB) *Module {
 func (m *Module) Next() *Module { return boot(m.signer) }
 
 func boot(signer *nsmdev.Signer) *Module {
-	m := &Module{signer: signer, pcrs: map[uint][]byte{}, locked: map[uint]bool{}}
-	for i := range uint(registers) {
-		m.pcrs[i] = make([]byte, workload.PCRSize)
-		m.locked[i] = i < firstFree
-	}
-	for i := range uint(3) {
-		m.pcrs[i] = bytes.Repeat([]byte{byte(i + 1)}, workload.PCRSize)
-	}
+	m := &Module{signer: signer, Module: nsmdev.NewModule(signer, map[uint][]byte{
+		0: pcr0, 1: bytes.Repeat([]byte{2}, workload.PCRSize), 2: bytes.Repeat([]byte{3}, workload.PCRSize),
+	})}
+	m.Now = func() time.Time { return time.Now().Add(-m.Age) }
 	return m
 }
 
@@ -77,11 +65,9 @@ func (m *Module) Root() *x509.Certificate { return m.signer.Root() }
 
 // Measurements is the set that pins the module's PCR0 and a workload.
 func (m *Module) Measurements(canonicalManifest []byte) workload.MeasurementSet {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	return workload.MeasurementSet{{
 		Label: "test",
-		PCR0:  hex.EncodeToString(m.pcrs[0]),
+		PCR0:  hex.EncodeToString(pcr0),
 		PCR16: hex.EncodeToString(workload.PCR16(canonicalManifest)),
 	}}
 }
@@ -99,100 +85,38 @@ func (m *Module) Dial(context.Context) (net.Conn, error) {
 	client, server := net.Pipe()
 	go func() {
 		defer server.Close()
-		for {
-			req, err := nsm.ReadMessage(server, maxSize)
-			if err != nil {
-				return
-			}
-			res, err := cbor.Marshal(m.Answer(req))
-			if err != nil {
-				panic(err)
-			}
-			if nsm.WriteMessage(server, res) != nil {
-				return
-			}
-		}
+		m.Serve(server)
 	}()
 	return client, nil
 }
 
-// Answer returns what the module answers to one CBOR request, before it is encoded.
-func (m *Module) Answer(req []byte) any {
-	op, args := "", struct {
-		Index     uint   `cbor:"index"`
-		Data      []byte `cbor:"data"`
-		UserData  []byte `cbor:"user_data"`
-		Nonce     []byte `cbor:"nonce"`
-		PublicKey []byte `cbor:"public_key"`
-	}{}
-	if cbor.Unmarshal(req, &op) != nil {
-		var call map[string]cbor.RawMessage
-		if cbor.Unmarshal(req, &call) != nil || len(call) != 1 {
-			return fail(response.ECInvalidOperation)
-		}
-		for name, raw := range call {
-			op = name
-			if cbor.Unmarshal(raw, &args) != nil {
-				return fail(response.ECInvalidArgument)
+// Serve answers the requests on rw until it ends.
+func (m *Module) Serve(rw io.ReadWriter) {
+	nsmdev.Serve(rw, func(request []byte) []byte {
+		if m.Before != nil {
+			if code := m.Before(name(request)); code != "" {
+				answer, err := cbor.Marshal(map[string]response.ErrorCode{"Error": code})
+				if err != nil {
+					panic(err)
+				}
+				return answer
 			}
 		}
-	}
-	if m.Before != nil {
-		if code := m.Before(op); code != "" {
-			return fail(code)
-		}
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	switch op {
-	case "GetRandom":
-		random := make([]byte, 256)
-		rand.Read(random)
-		return answer(op, map[string]any{"random": random})
-	case "DescribeNSM":
-		return answer(op, map[string]any{
-			"version_major": 1, "version_minor": 0, "version_patch": 0,
-			"module_id": "i-0-enc0", "max_pcrs": registers, "locked_pcrs": []int{}, "digest": "SHA384",
-		})
-	case "Attestation":
-		return m.attest(args.UserData, args.Nonce, args.PublicKey)
-	}
-	value, ok := m.pcrs[args.Index]
-	switch {
-	case !ok:
-		return fail("InvalidIndex")
-	case op == "DescribePCR":
-		return answer(op, map[string]any{"lock": m.locked[args.Index], "data": value})
-	case m.locked[args.Index]:
-		return fail(response.ECReadOnlyIndex)
-	case op == "ExtendPCR":
-		sum := sha512.Sum384(append(bytes.Clone(value), args.Data...))
-		m.pcrs[args.Index] = sum[:]
-		return answer(op, map[string]any{"data": sum[:]})
-	case op == "LockPCR":
-		m.locked[args.Index] = true
+		return m.Answer(request)
+	})
+}
+
+// name returns the name of a request: it is a text, or a map from its name to its fields.
+func name(request []byte) string {
+	var op string
+	if cbor.Unmarshal(request, &op) == nil {
 		return op
 	}
-	return fail(response.ECInvalidOperation)
-}
-
-func (m *Module) attest(userData, nonce, publicKey []byte) any {
-	pcrs := maps.Clone(m.pcrs)
-	for i := range pcrs {
-		if !m.locked[i] {
-			delete(pcrs, i)
+	var call map[string]cbor.RawMessage
+	if cbor.Unmarshal(request, &call) == nil {
+		for op := range call {
+			return op
 		}
 	}
-	document, err := m.signer.Sign(nsmdev.Document{
-		ModuleID: "i-0-enc0", Timestamp: time.Now().Add(-m.Age), PCRs: pcrs,
-		UserData: userData, Nonce: nonce, PublicKey: publicKey,
-	})
-	if err != nil {
-		return fail(response.ECInternalError)
-	}
-	return answer("Attestation", map[string]any{"document": document})
+	return ""
 }
-
-func answer(op string, fields map[string]any) any { return map[string]any{op: fields} }
-
-func fail(code response.ErrorCode) any { return map[string]any{"Error": code} }

@@ -1,4 +1,4 @@
-package nsm
+package nsmdev
 
 import (
 	"bytes"
@@ -15,40 +15,38 @@ import (
 	"github.com/hf/nsm/response"
 
 	"cloister.dev/cloister/attestation"
-	"cloister.dev/cloister/eif"
-	"cloister.dev/cloister/internal/nsmdev"
 )
 
-func newNSM(t testing.TB) (*NSM, *nsmdev.Signer) {
+func newModule(t testing.TB) (*Module, *Signer) {
 	t.Helper()
-	cert, key, err := nsmdev.NewRoot(time.Now())
+	cert, key, err := NewRoot(time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	signer, err := nsmdev.New(cert, key)
+	signer, err := New(cert, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	pcr := func(b byte) []byte { return bytes.Repeat([]byte{b}, registerSize) }
-	return New(signer, &eif.Measurements{PCR0: pcr(1), PCR1: pcr(2), PCR2: pcr(3)}), signer
+	return NewModule(signer, map[uint][]byte{0: pcr(1), 1: pcr(2), 2: pcr(3)}), signer
 }
 
 // ask sends a request as the client library does and reads the answer as it does.
-func ask(t *testing.T, n *NSM, r request.Request) response.Response {
+func ask(t *testing.T, m *Module, r request.Request) response.Response {
 	t.Helper()
 	b, err := cbor.Marshal(r.Encoded())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var answer response.Response
-	if err := cbor.Unmarshal(n.Answer(b), &answer); err != nil {
+	if err := cbor.Unmarshal(m.Answer(b), &answer); err != nil {
 		t.Fatal(err)
 	}
 	return answer
 }
 
-func TestRegisters(t *testing.T) {
-	n, _ := newNSM(t)
+func TestModuleRegisters(t *testing.T) {
+	m, _ := newModule(t)
 	const invalidIndex = response.ErrorCode("InvalidIndex")
 	zero := make([]byte, registerSize)
 	once := sha512.Sum384(append(bytes.Clone(zero), "data"...))
@@ -75,27 +73,27 @@ func TestRegisters(t *testing.T) {
 		{&request.DescribePCR{Index: 17}, response.Response{DescribePCR: &response.DescribePCR{Lock: true, Data: zero}}},
 		{&request.DescribePCR{Index: 18}, response.Response{DescribePCR: &response.DescribePCR{Data: zero}}},
 	} {
-		if diff := cmp.Diff(step.want, ask(t, n, step.r)); diff != "" {
+		if diff := cmp.Diff(step.want, ask(t, m, step.r)); diff != "" {
 			t.Fatalf("%#v (-want +got):\n%s", step.r, diff)
 		}
 	}
-	d := ask(t, n, &request.DescribeNSM{}).DescribeNSM
+	d := ask(t, m, &request.DescribeNSM{}).DescribeNSM
 	if d == nil || d.MaxPCRs != 32 || len(d.LockedPCRs) != 18 || d.Digest != "SHA384" || d.ModuleID == "" {
 		t.Errorf("DescribeNSM: %+v", d)
 	}
-	a, b := ask(t, n, &request.GetRandom{}).GetRandom, ask(t, n, &request.GetRandom{}).GetRandom
+	a, b := ask(t, m, &request.GetRandom{}).GetRandom, ask(t, m, &request.GetRandom{}).GetRandom
 	if a == nil || len(a.Random) != 256 || bytes.Equal(a.Random, b.Random) {
 		t.Errorf("GetRandom: %v", a)
 	}
 }
 
-func TestAttestation(t *testing.T) {
-	n, signer := newNSM(t)
-	ask(t, n, &request.ExtendPCR{Index: 16, Data: []byte("data")})
-	ask(t, n, &request.ExtendPCR{Index: 17, Data: []byte("data")})
-	ask(t, n, &request.LockPCR{Index: 16})
+func TestModuleAttests(t *testing.T) {
+	m, signer := newModule(t)
+	ask(t, m, &request.ExtendPCR{Index: 16, Data: []byte("data")})
+	ask(t, m, &request.ExtendPCR{Index: 17, Data: []byte("data")})
+	ask(t, m, &request.LockPCR{Index: 16})
 	r := &request.Attestation{UserData: bytes.Repeat([]byte{7}, 512), Nonce: []byte{}, PublicKey: bytes.Repeat([]byte{8}, 1024)}
-	answer := ask(t, n, r).Attestation
+	answer := ask(t, m, r).Attestation
 	if answer == nil {
 		t.Fatal("no document")
 	}
@@ -106,7 +104,7 @@ func TestAttestation(t *testing.T) {
 	if len(doc.PCRs) != 17 || doc.PCRs[16] == nil || doc.PCRs[17] != nil || doc.PCRs[0][0] != 1 {
 		t.Errorf("registers: %v", doc.PCRs)
 	}
-	empty, err := attestation.Verify(ask(t, n, &request.Attestation{}).Attestation.Document, attestation.Options{Root: signer.Root()})
+	empty, err := attestation.Verify(ask(t, m, &request.Attestation{}).Attestation.Document, attestation.Options{Root: signer.Root()})
 	if err != nil || empty.UserData != nil || empty.Nonce != nil || empty.PublicKey != nil {
 		t.Errorf("without fields: %v, %v", empty, err)
 	}
@@ -115,18 +113,18 @@ func TestAttestation(t *testing.T) {
 		"nonce":      {Nonce: make([]byte, 513)},
 		"public key": {PublicKey: make([]byte, 1025)},
 	} {
-		if got := ask(t, n, r); got.Error != response.ECInputTooLarge {
+		if got := ask(t, m, r); got.Error != response.ECInputTooLarge {
 			t.Errorf("too long a %s: %+v", name, got)
 		}
 	}
-	other, _ := newNSM(t)
-	if bytes.Equal([]byte(n.moduleID), []byte(other.moduleID)) {
+	other, _ := newModule(t)
+	if bytes.Equal([]byte(m.moduleID), []byte(other.moduleID)) {
 		t.Error("two modules have one name")
 	}
 }
 
-func TestBadRequests(t *testing.T) {
-	n, _ := newNSM(t)
+func TestModuleBadRequests(t *testing.T) {
+	m, _ := newModule(t)
 	encode := func(v any) []byte {
 		b, err := cbor.Marshal(v)
 		if err != nil {
@@ -150,17 +148,17 @@ func TestBadRequests(t *testing.T) {
 		"unknown":       {encode("Reboot"), response.ECInvalidOperation},
 	} {
 		var got response.Response
-		if err := cbor.Unmarshal(n.Answer(tc.raw), &got); err != nil || got.Error != tc.want {
+		if err := cbor.Unmarshal(m.Answer(tc.raw), &got); err != nil || got.Error != tc.want {
 			t.Errorf("%s: %+v, %v, want %s", name, got, err, tc.want)
 		}
 	}
 }
 
 func TestServe(t *testing.T) {
-	n, _ := newNSM(t)
+	m, _ := newModule(t)
 	ours, theirs := net.Pipe()
 	done := make(chan error, 1)
-	go func() { done <- n.Serve(theirs) }()
+	go func() { done <- Serve(theirs, m.Answer) }()
 	for range 2 {
 		b, _ := cbor.Marshal("GetRandom")
 		ours.Write(frame(b))
@@ -188,17 +186,17 @@ func TestServe(t *testing.T) {
 }
 
 func FuzzAnswer(f *testing.F) {
-	n, _ := newNSM(f)
+	m, _ := newModule(f)
 	for _, r := range []request.Request{&request.DescribeNSM{}, &request.ExtendPCR{Index: 20, Data: []byte("x")}, &request.LockPCRs{Range: 17}, &request.Attestation{Nonce: []byte("n")}} {
 		b, _ := cbor.Marshal(r.Encoded())
 		f.Add(b)
 	}
-	locked := n.pcrs[0]
+	locked := m.pcrs[0]
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if err := cbor.Wellformed(n.Answer(b)); err != nil {
+		if err := cbor.Wellformed(m.Answer(b)); err != nil {
 			t.Error(err)
 		}
-		if n.pcrs[0] != locked {
+		if m.pcrs[0] != locked {
 			t.Error("a locked register changed")
 		}
 	})

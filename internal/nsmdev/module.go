@@ -1,10 +1,4 @@
-// Package nsm is a development NSM: it answers the requests of a Nitro Security Module and signs
-// documents with a root of its own. Only builds of initboot with the tag devnsm import it, so that a
-// release cannot sign.
-//
-// Sources: aws-nitro-enclaves-nsm-api, src/api/mod.rs (requests, answers, errors) and
-// docs/attestation_process.md (limits); qemu, hw/virtio/virtio-nsm.c (which error when).
-package nsm
+package nsmdev
 
 import (
 	"crypto/rand"
@@ -17,14 +11,12 @@ import (
 	"sync"
 	"time"
 
-	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/internal/cbor"
-	"cloister.dev/cloister/internal/nsmdev"
 )
 
 const (
 	registers    = 32
-	firstFree    = 16 // PCR0 to PCR15 are locked before the enclave runs
+	firstFree    = 16 // lower ones are locked before the enclave runs
 	registerSize = sha512.Size384
 
 	// maxRequest is the largest request in bytes (linux, drivers/misc/nsm.c).
@@ -51,9 +43,16 @@ const (
 	internalError    code = "InternalError"
 )
 
-// NSM is the module of one enclave.
-type NSM struct {
-	signer   *nsmdev.Signer
+// Module is the software module of one enclave: it answers the requests of a Nitro Security Module and
+// signs documents. It is safe for concurrent use.
+//
+// Sources: aws-nitro-enclaves-nsm-api, src/api/mod.rs (requests, answers, errors) and
+// docs/attestation_process.md (limits); qemu, hw/virtio/virtio-nsm.c (which error when).
+type Module struct {
+	// Now is the time of documents, time.Now unless it is set before the first request.
+	Now func() time.Time
+
+	signer   *Signer
 	moduleID string
 
 	mu     sync.Mutex // the real one is serial too
@@ -61,23 +60,25 @@ type NSM struct {
 	locked [registers]bool
 }
 
-// New returns the module of an enclave that was booted from an image with these measurements.
-func New(signer *nsmdev.Signer, m *eif.Measurements) *NSM {
+// NewModule returns the module of an enclave that has just been booted: PCR0 to PCR15 are locked, and hold
+// what pcrs says, 48 bytes by index, or zeros.
+func NewModule(signer *Signer, pcrs map[uint][]byte) *Module {
 	id := make([]byte, 8)
 	rand.Read(id)
-	n := &NSM{signer: signer, moduleID: "i-development-enc" + hex.EncodeToString(id)}
-	for i, value := range map[int][]byte{0: m.PCR0, 1: m.PCR1, 2: m.PCR2, 8: m.PCR8} {
-		copy(n.pcrs[i][:], value)
+	m := &Module{Now: time.Now, signer: signer, moduleID: "i-development-enc" + hex.EncodeToString(id)}
+	for i, value := range pcrs {
+		copy(m.pcrs[i][:], value)
 	}
 	for i := range firstFree {
-		n.locked[i] = true
+		m.locked[i] = true
 	}
-	return n
+	return m
 }
 
-// Serve answers the requests on rw until it ends. Each request and each answer is its length in 4 bytes,
-// big-endian, and the CBOR that the device takes and gives.
-func (n *NSM) Serve(rw io.ReadWriter) error {
+// Serve reads requests from rw and writes what answer makes of them, for example Module.Answer, until rw
+// ends. Each request and each answer is its length in 4 bytes, big-endian, and the CBOR that the device
+// takes and gives.
+func Serve(rw io.ReadWriter, answer func(request []byte) []byte) error {
 	for {
 		size := make([]byte, 4)
 		if _, err := io.ReadFull(rw, size); err != nil {
@@ -92,7 +93,7 @@ func (n *NSM) Serve(rw io.ReadWriter) error {
 		if _, err := io.ReadFull(rw, request); err != nil {
 			return err
 		}
-		if _, err := rw.Write(frame(n.Answer(request))); err != nil {
+		if _, err := rw.Write(frame(answer(request))); err != nil {
 			return err
 		}
 	}
@@ -103,14 +104,14 @@ func frame(b []byte) []byte {
 }
 
 // Answer returns the answer to one request, both in CBOR.
-func (n *NSM) Answer(request []byte) []byte {
+func (m *Module) Answer(request []byte) []byte {
 	r, err := parse(request)
 	if err != nil {
 		return failure(invalidArgument)
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	answer, failed := n.do(r)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	answer, failed := m.do(r)
 	if failed != "" {
 		return failure(failed)
 	}
@@ -202,10 +203,10 @@ func (r *call) only(fields ...string) bool {
 }
 
 // do carries out a request. The caller holds mu.
-func (n *NSM) do(r *call) ([]byte, code) {
+func (m *Module) do(r *call) ([]byte, code) {
 	switch {
 	case r.name == "DescribeNSM" && r.has():
-		return n.describe(), ""
+		return m.describe(), ""
 	case r.name == "GetRandom" && r.has():
 		random := make([]byte, randomSize)
 		rand.Read(random)
@@ -216,41 +217,41 @@ func (n *NSM) do(r *call) ([]byte, code) {
 			return nil, invalidIndex
 		}
 		lock := byte(boolFalse)
-		if n.locked[r.index] {
+		if m.locked[r.index] {
 			lock = boolTrue
 		}
 		b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), r.name), 2)
 		b = append(cbor.AppendText(b, "lock"), lock)
-		return cbor.AppendBytes(cbor.AppendText(b, "data"), n.pcrs[r.index][:]), ""
+		return cbor.AppendBytes(cbor.AppendText(b, "data"), m.pcrs[r.index][:]), ""
 	case r.name == "ExtendPCR" && r.has("index", "data"):
 		if r.index >= registers {
 			return nil, invalidIndex
 		}
-		if n.locked[r.index] {
+		if m.locked[r.index] {
 			return nil, readOnlyIndex
 		}
-		n.pcrs[r.index] = sha512.Sum384(slices.Concat(n.pcrs[r.index][:], r.data))
+		m.pcrs[r.index] = sha512.Sum384(slices.Concat(m.pcrs[r.index][:], r.data))
 		b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), r.name), 1)
-		return cbor.AppendBytes(cbor.AppendText(b, "data"), n.pcrs[r.index][:]), ""
+		return cbor.AppendBytes(cbor.AppendText(b, "data"), m.pcrs[r.index][:]), ""
 	case r.name == "LockPCR" && r.has("index"):
 		if r.index >= registers {
 			return nil, invalidIndex
 		}
-		if n.locked[r.index] {
+		if m.locked[r.index] {
 			return nil, readOnlyIndex
 		}
-		n.locked[r.index] = true
+		m.locked[r.index] = true
 		return cbor.AppendText(nil, r.name), ""
 	case r.name == "LockPCRs" && r.has("range"):
 		if r.index > registers {
 			return nil, invalidIndex
 		}
 		for i := range r.index {
-			n.locked[i] = true
+			m.locked[i] = true
 		}
 		return cbor.AppendText(nil, r.name), ""
 	case r.name == "Attestation" && r.only("user_data", "nonce", "public_key"):
-		return n.attest(r)
+		return m.attest(r)
 	}
 	if slices.Contains([]string{"DescribeNSM", "GetRandom", "DescribePCR", "ExtendPCR", "LockPCR", "LockPCRs", "Attestation"}, r.name) {
 		return nil, invalidArgument
@@ -258,15 +259,15 @@ func (n *NSM) do(r *call) ([]byte, code) {
 	return nil, invalidOperation
 }
 
-func (n *NSM) describe() []byte {
+func (m *Module) describe() []byte {
 	b := cbor.AppendMap(cbor.AppendText(cbor.AppendMap(nil, 1), "DescribeNSM"), 7)
 	b = cbor.AppendUint(cbor.AppendText(b, "version_major"), 1)
 	b = cbor.AppendUint(cbor.AppendText(b, "version_minor"), 0)
 	b = cbor.AppendUint(cbor.AppendText(b, "version_patch"), 0)
-	b = cbor.AppendText(cbor.AppendText(b, "module_id"), n.moduleID)
+	b = cbor.AppendText(cbor.AppendText(b, "module_id"), m.moduleID)
 	b = cbor.AppendUint(cbor.AppendText(b, "max_pcrs"), registers)
 	var locked []uint64
-	for i, l := range n.locked {
+	for i, l := range m.locked {
 		if l {
 			locked = append(locked, uint64(i))
 		}
@@ -279,18 +280,18 @@ func (n *NSM) describe() []byte {
 }
 
 // attest signs a document of the locked registers.
-func (n *NSM) attest(r *call) ([]byte, code) {
+func (m *Module) attest(r *call) ([]byte, code) {
 	if len(r.userData) > maxUserData || len(r.nonce) > maxUserData || len(r.publicKey) > maxPublicKey {
 		return nil, inputTooLarge
 	}
 	pcrs := map[uint][]byte{}
-	for i, l := range n.locked {
+	for i, l := range m.locked {
 		if l {
-			pcrs[uint(i)] = n.pcrs[i][:]
+			pcrs[uint(i)] = m.pcrs[i][:]
 		}
 	}
-	doc, err := n.signer.Sign(nsmdev.Document{
-		ModuleID: n.moduleID, Timestamp: time.Now(), PCRs: pcrs,
+	doc, err := m.signer.Sign(Document{
+		ModuleID: m.moduleID, Timestamp: m.Now(), PCRs: pcrs,
 		PublicKey: r.publicKey, UserData: r.userData, Nonce: r.nonce,
 	})
 	if err != nil {
