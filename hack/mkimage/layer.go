@@ -77,18 +77,6 @@ func writeLayer(w io.Writer, o options) error {
 			return fmt.Errorf("add %s: %w", a, err)
 		}
 	}
-	for _, s := range sorted(o.links) {
-		target, dst, ok := strings.Cut(s, ":")
-		if !ok {
-			return fmt.Errorf("parse --link %s: want TARGET:DST", s)
-		}
-		if err := l.parents(clean(dst)); err != nil {
-			return err
-		}
-		if err := l.header(&tar.Header{Typeflag: tar.TypeSymlink, Name: clean(dst), Linkname: target, Mode: 0o777}); err != nil {
-			return err
-		}
-	}
 	return l.tw.Close()
 }
 

@@ -34,9 +34,9 @@ func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 // options are the command line.
 type options struct {
-	out, rootfs, user, workdir, stopSignal, entrypoint, cmd, push string
-	tags, adds, links, dirs, envs, ports                          list
-	keepOwner                                                     bool
+	out, rootfs, user, workdir, stopSignal, entrypoint, push string
+	tags, adds, dirs, envs, ports                            list
+	keepOwner                                                bool
 }
 
 func main() {
@@ -47,12 +47,10 @@ func main() {
 	flag.StringVar(&o.rootfs, "rootfs", "", "`directory` or tar file that the image starts with")
 	flag.BoolVar(&o.keepOwner, "keep-owner", false, "keep the numeric owners of --rootfs")
 	flag.Var(&o.adds, "add", "`SRC:DST[:MODE]`, a file or a folder (repeatable)")
-	flag.Var(&o.links, "link", "`TARGET:DST`, a symbolic link (repeatable)")
 	flag.Var(&o.dirs, "dir", "`PATH[:MODE]`, an empty folder (repeatable)")
 	flag.Var(&o.envs, "env", "`K=V` (repeatable)")
 	flag.Var(&o.ports, "port", "exposed TCP `port` (repeatable)")
 	flag.StringVar(&o.entrypoint, "entrypoint", "", "`JSON` array of strings")
-	flag.StringVar(&o.cmd, "cmd", "", "`JSON` array of strings")
 	flag.StringVar(&o.user, "user", "", "`uid[:gid]` or name")
 	flag.StringVar(&o.workdir, "workdir", "/", "working `folder`")
 	flag.StringVar(&o.stopSignal, "stop-signal", "", "`signal` that ends the container")
@@ -123,15 +121,9 @@ func (o options) config() (v1.Config, error) {
 	if len(cfg.Env) == 0 {
 		cfg.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	}
-	for flagName, f := range map[string]struct {
-		text string
-		into *[]string
-	}{"entrypoint": {o.entrypoint, &cfg.Entrypoint}, "cmd": {o.cmd, &cfg.Cmd}} {
-		if f.text == "" {
-			continue
-		}
-		if err := json.Unmarshal([]byte(f.text), f.into); err != nil {
-			return cfg, fmt.Errorf("parse --%s: %w", flagName, err)
+	if o.entrypoint != "" {
+		if err := json.Unmarshal([]byte(o.entrypoint), &cfg.Entrypoint); err != nil {
+			return cfg, fmt.Errorf("parse --entrypoint: %w", err)
 		}
 	}
 	for _, p := range o.ports {

@@ -1,11 +1,10 @@
 // Registry is a small OCI registry for development clusters: plain HTTP on :5000, nobody logs in,
-// blobs in a folder, manifests in memory (whoever deploys the sample pushes it again after a restart).
+// blobs in /blobs, manifests in memory (whoever deploys the sample pushes it again after a restart).
 package main
 
 import (
 	"context"
 	"errors"
-	"flag"
 	"log/slog"
 	"net/http"
 	"os"
@@ -16,19 +15,21 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 )
 
+const (
+	address = ":5000"
+	blobs   = "/blobs" // a folder
+)
+
 func main() {
-	address := flag.String("listen", ":5000", "`address` to serve on")
-	blobs := flag.String("blobs", "/blobs", "`folder` of the blobs")
-	flag.Parse()
 	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)))
-	if err := serve(*address, *blobs); err != nil {
+	if err := serve(); err != nil {
 		slog.Error("registry ended", "error", err)
 		os.Exit(1)
 	}
 }
 
 // serve answers until SIGTERM, then lets running transfers end.
-func serve(address, blobs string) error {
+func serve() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	server := &http.Server{
