@@ -296,6 +296,15 @@ func TestOIDC(t *testing.T) {
 		t.Errorf("refused requests have reached the workload: %s", got.body)
 	}
 
+	// As a person would give it.
+	token := writeFile(t, "token", []byte(strings.TrimPrefix(good, "Authorization: Bearer ")+"\n"))
+	if r := c.curl(t, addr, set, "/echo?order", "--fail", "--bearer-token-file", token); r.code != 0 || r.stdout != "order" {
+		t.Errorf("--bearer-token-file: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
+	}
+	if r := c.curl(t, addr, set, "/echo?order", "--fail"); r.code != 22 || r.stdout != "" || !strings.Contains(r.stderr, "401 Unauthorized") {
+		t.Errorf("without --bearer-token-file: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
+	}
+
 	// Killed, it is down for a second, and then it is back. Stopped, it is down until it is taken for dead.
 	for _, signal := range []string{"KILL", "STOP"} {
 		before := ns.pid(t, &p, initbootContainer, "/enclaved oidc")
