@@ -12,6 +12,7 @@
 //	/count           how often /echo was asked
 //	/env?name=N      the value of an environment variable
 //	/headers         the request's headers as JSON, each name with its values
+//	/telemetry       sends a span, a count and a log record with OpenTelemetry's SDK, as its environment says
 //	/get?url=U       what an ordinary client gets from there, or "error: " and why; it trusts CA_CERT
 //	/check/N         200, or 503 after /break/N, until /mend/N
 //	/touch?file=F    makes a file
@@ -148,6 +149,7 @@ func handler(exit chan<- int) http.Handler {
 	mux.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, echoed.Load()) })
 	mux.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, os.Getenv(r.FormValue("name"))) })
 	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })
+	mux.HandleFunc("/telemetry", func(w http.ResponseWriter, r *http.Request) { report(w, sendTelemetry(r)) })
 	mux.HandleFunc("/get", func(w http.ResponseWriter, r *http.Request) {
 		body, err := get(r.Context(), r.FormValue("url"))
 		if err != nil {
