@@ -12,7 +12,7 @@
 //	layers_test.go       images that are wrong, slow or not there
 //	rollout_test.go      a rolling restart without a failed request
 //	controller_test.go   an autoscaler follows the load inside the enclaves; state shows on pods and owners
-//	telemetry_test.go    one request is found as metric, trace and log line; who is no enclave is refused
+//	telemetry_test.go    one request is found as metric, trace and log line, and so is what the workload sends itself; who is no enclave is refused
 //	dashboard_test.go    every query of the dashboard has an answer
 //	logging_test.go      lines of the workload go where its config says, without the secrets in them
 //	oidc_test.go         the authentication plugin oidc with a real Keycloak, and what happens when it is down

@@ -23,6 +23,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"cloister.dev/cloister/workload"
 )
 
 // telemetry is manifests/observability in a test's namespace.
@@ -127,8 +129,136 @@ func logLines(t *testing.T, addr, phrase string) (records []map[string]string) {
 	return records
 }
 
+// jaegerTrace is what the API of Jaeger's page says of one trace.
+type jaegerTrace struct {
+	Spans []struct {
+		SpanID, OperationName, ProcessID string
+		References                       []struct{ SpanID string }
+		Tags                             []jaegerTag
+	}
+	Processes map[string]struct {
+		ServiceName string
+		Tags        []jaegerTag
+	}
+}
+
+type jaegerTag struct {
+	Key   string
+	Value any
+}
+
+// trace waits until Jaeger, at addr, has n spans of a trace.
+func trace(t *testing.T, addr, id string, n int) jaegerTrace {
+	t.Helper()
+	var answer struct{ Data []jaegerTrace }
+	eventually(t, time.Minute, "the trace in Jaeger", func() (bool, string) {
+		body := get(t, addr, "/api/traces/"+id)
+		return body != nil && json.Unmarshal(body, &answer) == nil && len(answer.Data) == 1 && len(answer.Data[0].Spans) == n, string(body)
+	})
+	return answer.Data[0]
+}
+
+// resource is what Jaeger has as the process of a span.
+func (j jaegerTrace) resource(id string) map[string]string {
+	p := j.Processes[id]
+	attributes := map[string]string{"service.name": p.ServiceName}
+	for _, tag := range p.Tags {
+		attributes[tag.Key] = fmt.Sprint(tag.Value)
+	}
+	return attributes
+}
+
+// attested are the attributes that the collector sets: what was proved, and what the host said of the pod.
+func attested(pod *corev1.Pod, entry workload.Measurement) map[string]string {
+	return map[string]string{
+		"cloister.attested": "true", "cloister.pcr0": entry.PCR0, "cloister.pcr16": entry.PCR16,
+		"k8s.pod.name": pod.Name, "k8s.namespace.name": pod.Namespace, "k8s.pod.uid": string(pod.UID),
+	}
+}
+
+// lacks tells what of want is not so in attributes.
+func lacks(attributes, want map[string]string) (missing []string) {
+	for key, value := range want {
+		if attributes[key] != value {
+			missing = append(missing, fmt.Sprintf("%s %q, want %q", key, attributes[key], value))
+		}
+	}
+	return missing
+}
+
+// fileRecord is a span or a log record in the collector's file, with the attributes of its resource.
+type fileRecord struct {
+	attributes  map[string]string
+	span, trace string // ids in hex
+	body        string // of a log record
+}
+
+// file is what the collector's file exporter has written: OTLP as JSON, a request a line.
+func (o *telemetry) file(t *testing.T) (records []fileRecord) {
+	t.Helper()
+	type item struct {
+		TraceID, SpanID string
+		Body            struct{ StringValue string }
+	}
+	type resource struct {
+		Resource struct {
+			Attributes []struct {
+				Key   string
+				Value struct {
+					StringValue string
+					BoolValue   bool
+				}
+			}
+		}
+		ScopeSpans []struct{ Spans []item }
+		ScopeLogs  []struct{ LogRecords []item }
+	}
+	collector := o.ns.ready(t, "otel-collector", 1)[0]
+	content := o.ns.onNode(t, `cat "/var/lib/kubelet/pods/$1/volumes/kubernetes.io~empty-dir/telemetry/otlp.jsonl"`, string(collector.UID))
+	for line := range strings.Lines(content) {
+		var request struct{ ResourceSpans, ResourceLogs []resource }
+		if !strings.HasSuffix(line, "\n") {
+			break // it is being written
+		}
+		if err := json.Unmarshal([]byte(line), &request); err != nil {
+			t.Fatalf("the collector's file has %s: %v", line, err)
+		}
+		for _, r := range append(request.ResourceSpans, request.ResourceLogs...) {
+			attributes := map[string]string{}
+			for _, a := range r.Resource.Attributes {
+				attributes[a.Key] = a.Value.StringValue
+				if a.Value.BoolValue {
+					attributes[a.Key] = "true"
+				}
+			}
+			var items []item
+			for _, s := range r.ScopeSpans {
+				items = append(items, s.Spans...)
+			}
+			for _, s := range r.ScopeLogs {
+				items = append(items, s.LogRecords...)
+			}
+			for _, i := range items {
+				records = append(records, fileRecord{attributes, i.SpanID, i.TraceID, i.Body.StringValue})
+			}
+		}
+	}
+	return records
+}
+
+// newTrace is a random trace id, and the header of a client's span in it (W3C Trace Context).
+func newTrace() (id, header string) {
+	b := make([]byte, 16)
+	rand.Read(b)
+	id = hex.EncodeToString(b)
+	return id, "traceparent: 00-" + id + "-" + clientSpan + "-01"
+}
+
+const clientSpan = "00f067aa0ba902b7"
+
 // One request from a client that traces is found as a metric, a trace and a log line, with its trace id and
 // with what was proved of the enclave. The workload is nginx as it is: it only logs the field with the trace.
+// A second one uses OpenTelemetry's SDK.
 func TestTelemetry(t *testing.T) {
 	c := e2e(t)
 	ns := c.namespace(t, true)
@@ -139,75 +269,60 @@ func TestTelemetry(t *testing.T) {
 		`echo 'log_format traced "$request $status $http_traceparent"; access_log /dev/stdout traced;' >/etc/nginx/conf.d/traced.conf && exec nginx -g "daemon off;"`}
 	enclaveConfig(pod, map[string]any{"plugins": []any{o.plugin("logs", "logging", nil), o.plugin("telemetry", "telemetry", nil)}})
 	set, entry := c.measure(t, pod)
-	o.start(t, set)
+	app := c.appPod(t, "app")
+	app.Spec.Containers[0].Env = []corev1.EnvVar{
+		{Name: "OTEL_SERVICE_NAME", Value: "orders"},
+		{Name: "OTEL_EXPORTER_OTLP_INSECURE", Value: "true"}, // Go's SDK would use TLS
+		{Name: "OTEL_RESOURCE_ATTRIBUTES", Value: "team=sales,cloister.pcr16=forged,k8s.pod.name=forged"},
+	}
+	enclaveConfig(app, map[string]any{"plugins": []any{o.plugin("telemetry", "telemetry", nil)}})
+	appSet, appEntry := c.measure(t, app)
+	o.start(t, setFile(t, entry, appEntry))
 	ns.create(t, pod)
+	ns.create(t, app)
 	o.wait(t, "otel-collector", "prometheus", "jaeger", "victorialogs")
 	running := ns.ready(t, "nginx", 1)[0]
 
-	id := make([]byte, 16)
-	rand.Read(id)
-	trace := hex.EncodeToString(id)
-	const parent = "00f067aa0ba902b7"
-	r := c.curl(t, ns.forward(t, "pod/nginx", 80), set, "/", "-H", "traceparent: 00-"+trace+"-"+parent+"-01")
+	id, header := newTrace()
+	r := c.curl(t, ns.forward(t, "pod/nginx", 80), set, "/", "-H", header)
 	if r.code != 0 || !strings.Contains(r.stdout, "Welcome to nginx") {
 		t.Fatalf("nginx answers %q, %s", r.stdout, r.stderr)
 	}
 
 	jaeger, prometheus, victorialogs := ns.forward(t, "service/jaeger", 16686), ns.forward(t, "service/prometheus", 9090), ns.forward(t, "service/victorialogs", 9428)
-	var span struct {
-		Data []struct {
-			Spans []struct {
-				SpanID     string
-				References []struct{ SpanID string }
-				Tags       []struct {
-					Key   string
-					Value any
-				}
-			}
-			Processes map[string]struct {
-				ServiceName string
-				Tags        []struct {
-					Key   string
-					Value any
-				}
-			}
-		}
+	found := trace(t, jaeger, id, 1)
+	seen := found.Spans[0]
+	if len(seen.References) != 1 || seen.References[0].SpanID != clientSpan {
+		t.Errorf("the span's parent is %v, not the client's %s", seen.References, clientSpan)
 	}
-	eventually(t, time.Minute, "the trace in Jaeger", func() (bool, string) {
-		body := get(t, jaeger, "/api/traces/"+trace)
-		return body != nil && json.Unmarshal(body, &span) == nil && len(span.Data) == 1 && len(span.Data[0].Spans) == 1, string(body)
-	})
-	seen := span.Data[0].Spans[0]
-	if len(seen.References) != 1 || seen.References[0].SpanID != parent {
-		t.Errorf("the span's parent is %v, not the client's %s", seen.References, parent)
+	resource := found.resource(seen.ProcessID)
+	want := attested(&running, entry)
+	want["service.name"] = "shop"
+	if missing := lacks(resource, want); len(missing) > 0 {
+		t.Errorf("the trace has %s", missing)
 	}
-	process := map[string]string{}
-	for _, p := range span.Data[0].Processes {
-		process["service"] = p.ServiceName
-		for _, tag := range p.Tags {
-			process[tag.Key] = fmt.Sprint(tag.Value)
-		}
-	}
-	// What was proved, and what the host said of the pod.
-	want := map[string]string{
-		"cloister.attested": "true", "cloister.pcr0": entry.PCR0, "cloister.pcr16": entry.PCR16,
-		"k8s.pod.name": "nginx", "k8s.namespace.name": ns.name, "k8s.pod.uid": string(running.UID), "service": "shop",
-	}
-	for key, value := range want {
-		if process[key] != value {
-			t.Errorf("the trace has %s %q, want %q", key, process[key], value)
-		}
-	}
-	if process["cloister.enclave.id"] == "" {
+	if resource["cloister.enclave.id"] == "" {
 		t.Error("the trace has no cloister.enclave.id")
 	}
 
 	// nginx logs the gateway's span below the client's.
+	line := "GET / HTTP/1.1 200 00-" + id + "-" + seen.SpanID + "-01"
 	eventually(t, time.Minute, "the log line in VictoriaLogs", func() (bool, string) {
-		found := logLines(t, victorialogs, trace)
-		ok := len(found) == 1 && strings.Contains(found[0]["_msg"], "GET / HTTP/1.1 200 00-"+trace+"-"+seen.SpanID+"-01") &&
+		found := logLines(t, victorialogs, id)
+		ok := len(found) == 1 && strings.Contains(found[0]["_msg"], line) &&
 			found[0]["k8s.pod.name"] == "nginx" && found[0]["cloister.pcr16"] == entry.PCR16
 		return ok, fmt.Sprint(found)
+	})
+	eventually(t, 20*time.Second, "span and log line in the collector's file", func() (bool, string) {
+		var span, logged bool
+		records := o.file(t)
+		for _, r := range records {
+			if len(lacks(r.attributes, want)) == 0 {
+				span = span || r.trace == id && r.span == seen.SpanID
+				logged = logged || strings.Contains(r.body, line)
+			}
+		}
+		return span && logged, fmt.Sprint(records)
 	})
 
 	query := func(path, query string) string {
@@ -218,7 +333,7 @@ func TestTelemetry(t *testing.T) {
 	labels := fmt.Sprintf(`{k8s_pod_name="nginx",k8s_namespace_name=%q,cloister_attested="true",cloister_pcr16=%q}`, ns.name, entry.PCR16)
 	eventually(t, time.Minute, "the request as an exemplar of the metric in Prometheus", func() (bool, string) {
 		answer := query("/api/v1/query_exemplars", "http_server_request_duration_seconds_bucket"+labels)
-		return strings.Contains(answer, trace), answer
+		return strings.Contains(answer, id), answer
 	})
 	for _, name := range []string{
 		"http_server_request_duration_seconds_count", "http_server_active_requests", "cloister_enclave_memory_usage_bytes",
@@ -229,6 +344,42 @@ func TestTelemetry(t *testing.T) {
 			t.Errorf("Prometheus has no %s: %s", name, answer)
 		}
 	}
+
+	// The workload's own telemetry: an SDK that finds the intake by itself, and cannot say whose it is.
+	running = ns.ready(t, "app", 1)[0]
+	want = attested(&running, appEntry)
+	want["service.name"], want["team"] = "orders", "sales"
+	id, header = newTrace()
+	if r := c.curl(t, ns.forward(t, "pod/app", 8080), appSet, "/telemetry", "-f", "-H", header); r.code != 0 {
+		t.Fatalf("testapp sends nothing: %s", r.stderr)
+	}
+	parents := map[string]string{} // by span
+	named := map[string]string{}
+	found = trace(t, jaeger, id, 2)
+	for _, s := range found.Spans {
+		if len(s.References) == 1 {
+			parents[s.SpanID] = s.References[0].SpanID
+		}
+		named[s.OperationName] = s.SpanID
+		if s.OperationName == "order" {
+			if missing := lacks(found.resource(s.ProcessID), want); len(missing) > 0 {
+				t.Errorf("the workload's span has %s", missing)
+			}
+		}
+	}
+	if own := named["order"]; own == "" || parents[parents[own]] != clientSpan {
+		t.Errorf("the workload's span is not below the gateway's, which is below the client's: %v", found.Spans)
+	}
+	eventually(t, time.Minute, "the workload's log record in VictoriaLogs", func() (bool, string) {
+		found := logLines(t, victorialogs, "order taken")
+		ok := len(found) == 1 && found[0]["trace_id"] == id && found[0]["span_id"] == named["order"] && len(lacks(found[0], want)) == 0
+		return ok, fmt.Sprint(found)
+	})
+	labels = fmt.Sprintf(`{k8s_pod_name="app",k8s_namespace_name=%q,cloister_attested="true",cloister_pcr16=%q,team="sales"}`, ns.name, appEntry.PCR16)
+	eventually(t, time.Minute, "the workload's counter in Prometheus", func() (bool, string) {
+		answer := query("/api/v1/query", "testapp_orders_total"+labels)
+		return strings.Contains(answer, `,"1"]`), answer
+	})
 	if t.Failed() {
 		return
 	}
