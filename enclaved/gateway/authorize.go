@@ -38,11 +38,17 @@ func (w *web) reserved(name string) bool {
 		}
 		return '-'
 	}, name)
-	return strings.HasPrefix(plain, workload.HeaderPrefix) || slices.Contains(w.port.reserved, plain)
+	return strings.HasPrefix(plain, workload.HeaderPrefix) || slices.Contains(forwarded, plain) || slices.Contains(w.port.reserved, plain)
 }
 
-// strip removes what a client must not send: headers and trailers that only the gateway sets.
+// forwarded are headers of proxies on the way, of which the gateway is the first that can be believed.
+// ReverseProxy removes them too, but later than Authorize is asked, and in this spelling only.
+var forwarded = []string{"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
+
+// strip removes what a client must not send, or what ends at the gateway: headers and trailers that only
+// the gateway sets, and headers that Connection names.
 func (w *web) strip(r *http.Request) {
+	stripConnection(r.Header)
 	forbidden := func(name string, _ []string) bool { return w.reserved(name) }
 	maps.DeleteFunc(r.Header, forbidden)
 	if r.Trailer == nil {
@@ -51,6 +57,29 @@ func (w *web) strip(r *http.Request) {
 	maps.DeleteFunc(r.Trailer, forbidden)
 	// Trailers come with the end of the body, those that were not announced too.
 	r.Body = &trailers{ReadCloser: r.Body, ended: func() { maps.DeleteFunc(r.Trailer, forbidden) }}
+}
+
+// hopByHop are what Connection may name: the options of HTTP/1.1 and the fields that net/http and
+// ReverseProxy read before they remove them (RFC 9110, section 7.6.1).
+var hopByHop = []string{"Close", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade"}
+
+// stripConnection removes every other header that Connection names, and the name. ReverseProxy would do so
+// later: Authorize would have decided by a header that the workload does not get, and what Observe sets
+// would be gone.
+func stripConnection(h http.Header) {
+	var kept []string
+	for _, list := range h["Connection"] {
+		for name := range strings.SplitSeq(list, ",") {
+			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); slices.Contains(hopByHop, name) {
+				kept = append(kept, name)
+			} else {
+				h.Del(name)
+			}
+		}
+	}
+	if h.Del("Connection"); kept != nil {
+		h.Set("Connection", strings.Join(kept, ", "))
+	}
 }
 
 // trailers is a body that tells its end.

@@ -169,3 +169,42 @@ func TestReservedHeaders(t *testing.T) {
 		})
 	}
 }
+
+// What decides sees the headers that the workload will get: none that a client has made end at the gateway,
+// and none that looks like a proxy's.
+func TestHeadersOfTheHop(t *testing.T) {
+	asked, got := make(chan http.Header, 1), make(chan http.Header, 1)
+	port := serveWorkload(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got <- r.Header.Clone() }))
+	e := newEnclaveWith(t, nsmtest.New(t), gateway.Config{
+		Manifest: &workload.Manifest{Ports: []workload.Port{{Port: port}}},
+		Authorize: func(r *http.Request) *gateway.Verdict {
+			asked <- r.Header.Clone()
+			return &gateway.Verdict{}
+		},
+		Observe: func(r *http.Request, _ uint32) func(int) {
+			r.Header.Set("Traceparent", "mine")
+			return func(int) {}
+		},
+	})
+	c := e.dial(t, port, "http/1.1")
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nUser-Agent: x\r\nConnection: X-Tenant ,x-role,close\r\nConnection: Traceparent, TE\r\n"+
+		"X-Tenant: a\r\nX-Role: reader\r\nX-Kept: 1\r\nTE: trailers\r\nTraceparent: theirs\r\n"+
+		"Forwarded: for=10.0.0.1\r\nX-Forwarded-For: 10.0.0.1\r\nX_Forwarded_For: 10.0.0.1\r\nX_Forwarded_Proto: http\r\n\r\n")
+	res, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 200 || !res.Close {
+		t.Errorf("status %d, close %t", res.StatusCode, res.Close)
+	}
+	want := http.Header{"User-Agent": {"x"}, "Connection": {"Close, Te"}, "X-Kept": {"1"}, "Te": {"trailers"}}
+	if diff := cmp.Diff(want, <-asked); diff != "" {
+		t.Errorf("it is asked about (-want +got):\n%s", diff)
+	}
+	delete(want, "Connection")
+	want["Traceparent"], want["X-Forwarded-Proto"] = []string{"mine"}, []string{"https"}
+	if diff := cmp.Diff(want, <-got); diff != "" {
+		t.Errorf("the workload gets (-want +got):\n%s", diff)
+	}
+}
