@@ -5,6 +5,7 @@ package logging
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"regexp"
 	"strings"
@@ -18,7 +19,8 @@ import (
 
 const (
 	// maxLine is the most of a line, in bytes, that is held back until its end is seen. A longer one goes
-	// on in pieces, and what must not leave is looked for in each of them.
+	// on in pieces. Where something must not leave it does not: whoever chooses a part of a line could move
+	// the cut into the middle of a secret, which no expression matches then.
 	maxLine = 64 << 10
 
 	// Records are sent when there are batch of them, and at the latest after delay.
@@ -28,6 +30,9 @@ const (
 	redacted = "[redacted]"
 	scope    = "cloister.dev/logging"
 )
+
+// withheld stands for a line that is too long to be looked through.
+var withheld = fmt.Appendf(nil, "[redacted: a line of more than %d bytes]\n", maxLine)
 
 // Streams of a workload, as the attribute log.iostream has them (OpenTelemetry semantic conventions).
 const (
@@ -81,25 +86,44 @@ type lines struct {
 	stream  string
 	console io.Writer
 	rest    []byte // a line whose end has not come yet
+	skip    bool   // the line is withheld, up to its end
 }
 
 func (l *lines) Write(b []byte) (int, error) {
 	l.rest = append(l.rest, b...)
 	used := 0
 	var out []byte
-	for {
-		n := bytes.IndexByte(l.rest[used:], '\n') + 1
+	for used < len(l.rest) {
+		text, n := l.next(l.rest[used:])
 		if n == 0 {
-			if len(l.rest)-used < maxLine {
-				break
-			}
-			n = maxLine
+			break
 		}
-		out = append(out, l.plugin.line(l.stream, l.rest[used:used+n])...)
+		out = append(out, text...)
 		used += n
 	}
 	l.rest = append(l.rest[:0], l.rest[used:]...)
 	return len(b), l.print(out)
+}
+
+// next takes n bytes from the beginning of b and returns what may leave of them. It takes none when more
+// must come first.
+func (l *lines) next(b []byte) (out []byte, n int) {
+	n = bytes.IndexByte(b, '\n') + 1
+	switch {
+	case l.skip && n == 0:
+		return nil, len(b)
+	case l.skip:
+		l.skip = false
+		return nil, n
+	case n > 0:
+		return l.plugin.line(l.stream, b[:n]), n
+	case len(b) < maxLine:
+		return nil, 0
+	case len(l.plugin.cfg.Redact) > 0:
+		l.skip = true
+		return l.plugin.record(l.stream, withheld), len(b)
+	}
+	return l.plugin.line(l.stream, b[:maxLine]), maxLine
 }
 
 func (l *lines) Close() error {
@@ -125,18 +149,23 @@ func (p *Plugin) line(stream string, line []byte) []byte {
 	for _, re := range p.cfg.Redact {
 		text = re.ReplaceAllLiteral(text, []byte(redacted))
 	}
+	if end {
+		text = append(text[:len(text):len(text)], '\n')
+	}
+	return p.record(stream, text)
+}
+
+// record exports a line that may leave, and returns it.
+func (p *Plugin) record(stream string, line []byte) []byte {
 	if p.cfg.Exporter != nil {
 		now := uint64(time.Now().UnixNano())
 		p.add(&logs.LogRecord{
 			TimeUnixNano: now, ObservedTimeUnixNano: now,
-			Body:       str(strings.ToValidUTF8(strings.TrimSuffix(string(text), "\r"), "\uFFFD")),
+			Body:       str(strings.ToValidUTF8(strings.TrimSuffix(strings.TrimSuffix(string(line), "\n"), "\r"), "\uFFFD")),
 			Attributes: []*common.KeyValue{{Key: "log.iostream", Value: str(stream)}},
 		})
 	}
-	if end {
-		text = append(text[:len(text):len(text)], '\n')
-	}
-	return text
+	return line
 }
 
 func str(s string) *common.AnyValue {

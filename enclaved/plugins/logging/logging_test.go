@@ -64,7 +64,14 @@ func TestLines(t *testing.T) {
 		"redacted":           {writes: []string{"a token=5ecr3t b token=other\n"}, redact: `token=\S+`, console: "a [redacted] b [redacted]\n", records: []string{"a [redacted] b [redacted]"}},
 		"redacted in pieces": {writes: []string{"token=5e", "cr3t"}, redact: `token=5ecr3t`, console: "[redacted]", records: []string{"[redacted]"}},
 		"longer than a line": {writes: []string{long, "y\n"}, console: long + "y\n", records: []string{long, "y"}},
-		"not UTF-8":          {writes: []string{"a\xffb\n"}, console: "a\xffb\n", records: []string{"a\uFFFDb"}},
+		"longer than can be looked through": {
+			// Neither piece would have matched.
+			writes: []string{long[:maxLine-8] + "token=5e", "cr3t", " x\ny\n" + long, long + "\nz"}, redact: `token=5ecr3t`,
+			console: string(withheld) + "y\n" + string(withheld) + "z",
+			records: []string{"[redacted: a line of more than 65536 bytes]", "y", "[redacted: a line of more than 65536 bytes]", "z"},
+		},
+		"long and whole": {writes: []string{long + "token=5ecr3t\n"}, redact: `token=5ecr3t`, console: long + "[redacted]\n", records: []string{long + "[redacted]"}},
+		"not UTF-8":      {writes: []string{"a\xffb\n"}, console: "a\xffb\n", records: []string{"a\uFFFDb"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			exporter := &sent{}
