@@ -70,16 +70,19 @@ func (m *measure) run(stdin io.Reader, stdout, stderr io.Writer) error {
 		if err != nil {
 			return err
 		}
-		found, err := inject.FromYAML(docs)
+		found, err := templates(docs)
 		if err != nil {
 			return fmt.Errorf("%s: %w", file, err)
 		}
-		for _, w := range found {
-			template := &w.PodTemplate
+		for _, t := range found {
+			what := fmt.Sprintf("%s: %s %s", file, t.Kind, t.Name)
+			template, err := t.Decode()
+			if err != nil {
+				return fmt.Errorf("%s: %w", what, err)
+			}
 			if !annotation.Any(template.Annotations) {
 				continue
 			}
-			what := fmt.Sprintf("%s: %s %s", file, w.Kind, w.Name)
 			manifest, image, warnings, errs := inject.Derive(&template.ObjectMeta, &template.Spec)
 			if len(errs) > 0 {
 				for _, e := range errs {
@@ -108,6 +111,19 @@ func (m *measure) run(stdin io.Reader, stdout, stderr io.Writer) error {
 		return fmt.Errorf("no pod template has the annotation %s: add it, with the name of the container that runs in the enclave", annotation.Enclave)
 	}
 	return json.NewEncoder(stdout).Encode(set)
+}
+
+// templates returns the pod templates of a stream of documents.
+func templates(docs []byte) ([]inject.Template, error) {
+	list, err := inject.FromYAML(docs)
+	if err != nil {
+		return nil, err
+	}
+	var out []inject.Template
+	for _, d := range list {
+		out = append(out, d.Templates...)
+	}
+	return out, nil
 }
 
 // entry is what an enclave with that code and that workload shows.

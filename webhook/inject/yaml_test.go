@@ -1,8 +1,10 @@
 package inject
 
 import (
-	"strings"
+	"fmt"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // FuzzFromYAML: no document makes it panic.
@@ -13,8 +15,12 @@ func FuzzFromYAML(f *testing.F) {
 		if err != nil {
 			return
 		}
-		for _, w := range list {
-			Derive(&w.PodTemplate.ObjectMeta, &w.PodTemplate.Spec)
+		for _, d := range list {
+			for _, found := range d.Templates {
+				if typed, err := found.Decode(); err == nil {
+					Derive(&typed.ObjectMeta, &typed.Spec)
+				}
+			}
 		}
 	})
 }
@@ -42,14 +48,25 @@ items:
 		t.Fatal(err)
 	}
 	var got []string
-	for _, w := range list {
-		got = append(got, w.Kind+"/"+w.Name+"/"+w.PodTemplate.Spec.Containers[0].Name)
+	for i, d := range list {
+		for _, found := range d.Templates {
+			typed, err := found.Decode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, fmt.Sprintf("%d %s/%s%s %s %q", i, found.Kind, found.Name, found.At, typed.Spec.Containers[0].Name, typed.Annotations))
+		}
 	}
-	if want := "Deployment/web/a Pod/bare/b CronJob/nightly/c"; strings.Join(got, " ") != want {
-		t.Errorf("got %q, want %q", got, want)
+	want := []string{
+		`1 Deployment/web/spec/template a map["cloister.dev/enclave":"a"]`,
+		`3 Pod/bare/items/0 b map[]`,
+		`3 CronJob/nightly/items/1/spec/jobTemplate/spec/template c map[]`,
 	}
-	if a := list[0].PodTemplate.Annotations["cloister.dev/enclave"]; a != "a" {
-		t.Errorf("annotation %q", a)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("templates (-want +got):\n%s", diff)
+	}
+	if text := string(list[2].Text); text != "# only a comment\n" {
+		t.Errorf("the text of a document is %q", text)
 	}
 	if _, err := FromYAML([]byte("kind: Pod\nkind: Job\n")); err == nil {
 		t.Error("a duplicate key passed")
