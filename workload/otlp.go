@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"regexp"
+	"regexp/syntax"
 )
 
 // LogsOTLP as Manifest.Logs keeps the workload's output from the console: it leaves the enclave through
@@ -19,6 +20,9 @@ const TelemetryPort = 4317
 const (
 	maxRedactions = 64
 	maxRedaction  = 4096 // bytes of one expression
+	// maxSteps bounds all expressions together: one of ten bytes can ask for a program of megabytes, in
+	// the webhook too, which compiles what anybody writes.
+	maxSteps = 16 << 10
 )
 
 // OTLP says where telemetry goes: to a server of OTLP over gRPC, such as the collector's receiver for
@@ -77,20 +81,50 @@ func (r *Redaction) Expressions() ([]*regexp.Regexp, error) {
 
 func (r *Redaction) compile() (out []*regexp.Regexp, errs []error) {
 	if len(r.Redact) > maxRedactions {
-		errs = append(errs, fmt.Errorf("redact has %d expressions, at most %d are accepted", len(r.Redact), maxRedactions))
+		return nil, []error{fmt.Errorf("redact has %d expressions, at most %d are accepted", len(r.Redact), maxRedactions)}
 	}
+	total := 0
 	for i, text := range r.Redact {
+		if text == "" || len(text) > maxRedaction {
+			errs = append(errs, errRedaction(i))
+			continue
+		}
+		tree, err := syntax.Parse(text, syntax.Perl)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("redact[%d] is not a regular expression: %w", i, err))
+			continue
+		}
+		if total += steps(tree); total > maxSteps {
+			return nil, append(errs, fmt.Errorf("redact[%d] makes the expressions too large, with about %d steps of at most %d: repeat less with {}", i, total, maxSteps))
+		}
 		re, err := regexp.Compile(text)
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("redact[%d] is not a regular expression: %w", i, err))
-		case text == "" || len(text) > maxRedaction || re.MatchString(""):
-			errs = append(errs, fmt.Errorf("redact[%d] must match something, and be of at most %d bytes", i, maxRedaction))
+		case re.MatchString(""):
+			errs = append(errs, errRedaction(i))
 		default:
 			out = append(out, re)
 		}
 	}
 	return out, errs
+}
+
+func errRedaction(i int) error {
+	return fmt.Errorf("redact[%d] must match something, and be of at most %d bytes", i, maxRedaction)
+}
+
+// steps is about how many instructions an expression compiles to. Parsing bounds it: what repetitions in
+// each other make together is at most 1000 (regexp/syntax).
+func steps(re *syntax.Regexp) int {
+	n := 1 + len(re.Rune)/8 // letters, or the ranges of a class, which are smaller than instructions
+	for _, sub := range re.Sub {
+		n += steps(sub)
+	}
+	if re.Op == syntax.OpRepeat {
+		n *= max(re.Min, re.Max, 1)
+	}
+	return n
 }
 
 // LoggingStdout is the config of the built-in logging plugin "stdout", which prints the workload's output

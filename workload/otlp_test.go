@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -56,6 +57,12 @@ func TestTelemetryPlugins(t *testing.T) {
 		"no endpoint":       {[]Plugin{telemetry}, text(map[string]any{"ca": ca}), "", "endpoint"},
 		"bad expression":    {[]Plugin{stdout}, text(map[string]any{"redact": []string{"("}}), "", "redact[0] is not a regular expression"},
 		"matches nothing":   {[]Plugin{stdout}, text(map[string]any{"redact": []string{"a*"}}), "", "must match something"},
+		"usual expressions": {[]Plugin{stdout}, text(map[string]any{"redact": []string{`\b(?:\d[ -]?){13,19}\b`, `eyJ[\w-]{8,}\.[\w-]+\.[\w-]*`, `[\pL\pN]{1,64}@\S{1,255}`}}), "", ""},
+		"too large":         {[]Plugin{stdout}, text(map[string]any{"redact": []string{strings.Repeat(".{1000}", 20)}}), "", "redact[0] makes the expressions too large"},
+		"too large at last": {[]Plugin{stdout}, text(map[string]any{"redact": slices.Repeat([]string{"a.{0,999}"}, 20)}), "", "redact[8] makes the expressions too large"},
+		"large classes":     {[]Plugin{stdout}, text(map[string]any{"redact": []string{strings.Repeat(`\pL`, 1000)}}), "", "too large"},
+		"too long":          {[]Plugin{stdout}, text(map[string]any{"redact": []string{strings.Repeat(".{1000}", 600)}}), "", "at most 4096 bytes"},
+		"too many":          {[]Plugin{stdout}, text(map[string]any{"redact": slices.Repeat([]string{"("}, 65)}), "", "redact has 65 expressions"},
 		"unknown field":     {[]Plugin{stdout}, otlp, "", "unknown field"},
 		"two":               {[]Plugin{logging, with(logging, func(p *Plugin) { p.Name = "other" })}, otlp, "", "more than one plugin of type logging"},
 		"required":          {[]Plugin{with(telemetry, func(p *Plugin) { p.Required = true })}, otlp, "", "never holds the workload up"},
