@@ -113,7 +113,8 @@ func (s *keySet) run(ctx context.Context, serving func(bool)) {
 }
 
 // find returns the keys that a token with this key id, which may be empty, and this algorithm can have been
-// signed with. An unknown id makes it fetch the keys again, but not too often.
+// signed with. An unknown id makes it fetch the keys again, but not too often, and waits for them half of
+// the time that ctx leaves: the answer that there is no such key must still be in time.
 func (s *keySet) find(ctx context.Context, id, algorithm string) ([]key, error) {
 	found, next, err := s.look(id, algorithm)
 	if len(found) > 0 || err != nil || next == nil {
@@ -123,8 +124,13 @@ func (s *keySet) find(ctx context.Context, id, algorithm string) ([]key, error) 
 	case s.wake <- struct{}{}:
 	default: // somebody has asked already
 	}
+	var late <-chan time.Time
+	if deadline, ok := ctx.Deadline(); ok {
+		late = time.After(time.Until(deadline) / 2)
+	}
 	select {
 	case <-next:
+	case <-late:
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

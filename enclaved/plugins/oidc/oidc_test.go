@@ -24,6 +24,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -493,6 +494,34 @@ func TestIssuer(t *testing.T) {
 	if n := i.fetches.Load(); n != 2 {
 		t.Errorf("%d fetches", n)
 	}
+}
+
+// A stranger's key id is refused in time though the issuer does not answer: without that it would look as
+// if the plugin had failed.
+func TestUnknownKeyInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fetched := false
+		s := newKeySet(func(ctx context.Context) ([]key, error) {
+			if fetched {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			fetched = true
+			return []key{{id: "1", public: rsaKey.Public()}}, nil
+		})
+		life, end := context.WithCancel(t.Context())
+		defer end()
+		go s.run(life, func(bool) {})
+		time.Sleep(pause)
+		ctx, cancel := context.WithTimeout(t.Context(), workload.DefaultPluginTimeout)
+		defer cancel()
+		if found, err := s.find(ctx, "stranger", "RS256"); len(found) > 0 || err != nil {
+			t.Errorf("found %v, %v", found, err)
+		}
+		if found, err := s.find(ctx, "1", "RS256"); len(found) != 1 || err != nil {
+			t.Errorf("its own key: found %v, %v", found, err)
+		}
+	})
 }
 
 func TestIssuerThatCannotBeUsed(t *testing.T) {
