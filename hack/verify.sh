@@ -1,6 +1,6 @@
 #!/bin/bash
-# `make verify`: the tree is formatted and vetted, go.mod is tidy, and the generated code is what the
-# protocol files give.
+# `make verify`: the tree is formatted and vetted, go.mod is tidy, the collector's has the components that are
+# listed, and the generated code is what the protocol files give.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$REPO"
@@ -9,6 +9,7 @@ unformatted=$(gofmt -l .)
 go vet ./...
 go vet -tags devnsm ./initboot
 go mod tidy -diff || die "go.mod is not tidy: run go mod tidy"
+"$HACK/collector.sh" verify
 fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
 "$HACK/generate.sh" "$fresh"
