@@ -167,6 +167,7 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if err != nil {
 		return nil, nil, err
 	}
+	defer erase(secrets) // the workload has its own copies then, or there will be none
 	if e.plugins, err = e.startPlugins(fetch, out.progress); err != nil {
 		return nil, nil, err
 	}

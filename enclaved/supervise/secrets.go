@@ -84,8 +84,13 @@ func ciphertexts(m *workload.Manifest) ([]vault.Ciphertext, error) {
 	return batch, nil
 }
 
-// accept checks what was decrypted, and takes the certificate's key out of it.
-func (e *Enclave) accept(values [][]byte) ([][]byte, error) {
+// accept checks what was decrypted, and takes the certificate's key out of it. What it refuses it erases.
+func (e *Enclave) accept(values [][]byte) (accepted [][]byte, err error) {
+	defer func() {
+		if err != nil {
+			erase(values)
+		}
+	}()
 	for i, s := range e.manifest.Secrets {
 		if s.Env != "" && (!utf8.Valid(values[i]) || bytes.IndexByte(values[i], 0) >= 0) {
 			return nil, fmt.Errorf("secret %s is no text, which a variable must be: give it a file instead of env", s.Name)
@@ -98,6 +103,13 @@ func (e *Enclave) accept(values [][]byte) ([][]byte, error) {
 	last := len(values) - 1
 	defer clear(values[last])
 	return values[:last], e.vault.UseCertificate(c.Chain, values[last])
+}
+
+// erase overwrites values that nobody needs any more.
+func erase(values [][]byte) {
+	for _, v := range values {
+		clear(v)
+	}
 }
 
 // deliver puts the values of secrets into the workload's environment, and into files that its user alone
@@ -113,13 +125,10 @@ func (e *Enclave) deliver(values [][]byte, spec *process.Spec) error {
 	for i, s := range e.manifest.Secrets {
 		if s.Env != "" {
 			spec.SetEnv(s.Env, string(values[i]))
-			clear(values[i])
 			continue
 		}
 		source := filepath.Join(dir, strconv.Itoa(i))
-		err := os.WriteFile(source, values[i], 0o400)
-		clear(values[i])
-		if err != nil {
+		if err := os.WriteFile(source, values[i], 0o400); err != nil {
 			return fmt.Errorf("write secret %s: %w", s.Name, err)
 		}
 		if err := os.Chown(source, spec.UID, spec.GID); err != nil {

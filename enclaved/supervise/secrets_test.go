@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -280,5 +281,25 @@ func TestKMSWithoutSidecar(t *testing.T) {
 	}
 	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "credentials") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// What cannot be used does not stay in memory.
+func TestRefusedSecretsAreErased(t *testing.T) {
+	e := &Enclave{manifest: &workload.Manifest{
+		Secrets: []workload.Secret{{Name: "file", File: "/a"}, {Name: "env", Env: "A"}}, KMS: &workload.KMS{},
+	}}
+	values := [][]byte{[]byte("secret"), []byte("se\x00cret")}
+	if accepted, err := e.accept(values); err == nil || accepted != nil {
+		t.Errorf("accepted %q, %v", accepted, err)
+	}
+	for i, v := range values {
+		if !bytes.Equal(v, make([]byte, len(v))) {
+			t.Errorf("value %d is still there: %q", i, v)
+		}
+	}
+	values = [][]byte{[]byte("secret"), []byte("text")}
+	if accepted, err := e.accept(values); err != nil || len(accepted) != 2 || string(accepted[1]) != "text" {
+		t.Errorf("accepted %q, %v", accepted, err)
 	}
 }
