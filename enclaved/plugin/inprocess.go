@@ -4,9 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"net"
 	"net/http"
-	"strconv"
+
+	resource "go.opentelemetry.io/proto/slim/otlp/resource/v1"
 
 	"cloister.dev/cloister/enclaved/otlp"
 	"cloister.dev/cloister/enclaved/plugins/logging"
@@ -36,14 +36,18 @@ type InProcessSet struct {
 	Logging   *logging.Plugin
 	Telemetry *telemetry.Plugin
 
+	cfg       InProcessConfig
+	source    *resource.Resource // what their telemetry comes from
 	exporters map[workload.OTLP]*otlp.Exporter
 	started   []InProcess
 }
 
 // StartInProcess starts the plugins that run inside enclaved. The set must be shut down.
 func StartInProcess(cfg InProcessConfig) (*InProcessSet, error) {
-	s := &InProcessSet{exporters: map[workload.OTLP]*otlp.Exporter{}}
-	if err := s.start(cfg); err != nil {
+	s := &InProcessSet{
+		cfg: cfg, source: telemetry.Resource(cfg.Manifest, rand.Text()), exporters: map[workload.OTLP]*otlp.Exporter{},
+	}
+	if err := s.start(); err != nil {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		s.Shutdown(ctx)
@@ -52,70 +56,44 @@ func StartInProcess(cfg InProcessConfig) (*InProcessSet, error) {
 	return s, nil
 }
 
-func (s *InProcessSet) start(cfg InProcessConfig) error {
-	source := telemetry.Resource(cfg.Manifest, rand.Text())
-	for i := range cfg.Manifest.Plugins {
-		m := &cfg.Manifest.Plugins[i]
-		if m.Type != workload.PluginLogging && m.Type != workload.PluginTelemetry {
+func (s *InProcessSet) start() error {
+	for _, b := range order {
+		m := s.cfg.Manifest.Plugin(b.pluginType)
+		if b.inProcess == nil || m == nil || m.Builtin != b.name {
 			continue
 		}
-		config, err := m.BuiltinConfig()
+		p, err := b.inProcess(s, m)
+		if err == nil {
+			err = p.Start()
+		}
 		if err != nil {
 			return fmt.Errorf("plugin %s: %w", m.Name, err)
 		}
-		var p InProcess
-		switch c := config.(type) {
-		case *workload.LoggingStdout:
-			redact, err := c.Expressions()
-			if err != nil {
-				return fmt.Errorf("plugin %s: %w", m.Name, err)
-			}
-			s.Logging = logging.New(logging.Config{Redact: redact})
-			p = s.Logging
-		case *workload.LoggingOTLP:
-			redact, err := c.Expressions()
-			if err != nil {
-				return fmt.Errorf("plugin %s: %w", m.Name, err)
-			}
-			exporter, err := s.exporter(c.OTLP, cfg.Host)
-			if err != nil {
-				return fmt.Errorf("plugin %s: %w", m.Name, err)
-			}
-			s.Logging = logging.New(logging.Config{
-				Redact: redact, Exporter: exporter, Silent: cfg.Manifest.Logs == workload.LogsOTLP, Resource: source,
-			})
-			p = s.Logging
-		case *workload.TelemetryOTLP:
-			exporter, err := s.exporter(c.OTLP, cfg.Host)
-			if err != nil {
-				return fmt.Errorf("plugin %s: %w", m.Name, err)
-			}
-			s.Telemetry = telemetry.New(telemetry.Config{Exporter: exporter, Resource: source, Usage: cfg.Usage, Listen: listenIntake})
-			p = s.Telemetry
-		}
-		if err := p.Start(); err != nil {
-			return fmt.Errorf("plugin %s: %w", m.Name, err)
-		}
 		s.started = append(s.started, p)
+	}
+	wanted := 0
+	for _, m := range s.cfg.Manifest.Plugins {
+		if m.Type != workload.PluginAuthentication {
+			wanted++
+		}
+	}
+	if len(s.started) != wanted {
+		return fmt.Errorf("%d of %d logging and telemetry plugins are part of this program", len(s.started), wanted)
 	}
 	return nil
 }
 
 // exporter returns one exporter, with one connection, for each server.
-func (s *InProcessSet) exporter(c workload.OTLP, host otlp.Host) (*otlp.Exporter, error) {
+func (s *InProcessSet) exporter(c workload.OTLP) (*otlp.Exporter, error) {
 	e := s.exporters[c]
 	if e == nil {
 		var err error
-		if e, err = otlp.NewExporter(c, host); err != nil {
+		if e, err = otlp.NewExporter(c, s.cfg.Host); err != nil {
 			return nil, err
 		}
 		s.exporters[c] = e
 	}
 	return e, nil
-}
-
-func listenIntake() (net.Listener, error) {
-	return net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(workload.TelemetryPort)))
 }
 
 // Observe is the gateway's hook: nil without a telemetry plugin.

@@ -27,14 +27,14 @@ const (
 	EnvProxy = "CLOISTER_PLUGIN_PROXY"
 )
 
-// Main does nothing in a program that was not started as "PROGRAM NAME" of a built-in plugin. In one that
-// was it never returns.
+// Main does nothing in a program that was not started as "PROGRAM NAME" of a built-in plugin that is a
+// process. In one that was it never returns.
 func Main() {
 	if len(os.Args) != 2 {
 		return
 	}
 	for _, b := range order {
-		if b.name == os.Args[1] {
+		if b.process != nil && b.name == os.Args[1] {
 			slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)))
 			if err := b.serve(); err != nil {
 				slog.Error("the plugin ends", "error", err)
@@ -49,7 +49,7 @@ func Main() {
 func (b builtin) serve() error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
-	s, err := b.setup(json.RawMessage(os.Getenv(EnvConfig)), throughProxy(os.Getenv(EnvProxy)))
+	s, err := b.process(json.RawMessage(os.Getenv(EnvConfig)), throughProxy(os.Getenv(EnvProxy)))
 	if err != nil {
 		return err
 	}
