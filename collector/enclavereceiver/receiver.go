@@ -37,11 +37,18 @@ import (
 	"cloister.dev/cloister/collector/enclavereceiver/internal/metadata"
 )
 
-// Resource attributes that the receiver alone sets: those of its own, and of the pod.
-const (
-	reservedOwn = "cloister."
-	reservedPod = "k8s."
-)
+// reserved tells whether the receiver alone sets a resource attribute: one of its own, or of the pod.
+// Prometheus and Loki know k8s.pod.name as k8s_pod_name, so the character after the namespace is all the
+// same, as long as they replace it.
+func reserved(key string) bool {
+	for _, namespace := range []string{"cloister", "k8s"} {
+		if rest, ok := strings.CutPrefix(key, namespace); ok && rest != "" {
+			c := rest[0]
+			return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9')
+		}
+	}
+	return false
+}
 
 // podAttributes are what enclaved says of the enclave's pod, in the metadata of each call. The code that
 // does so is measured; what it says, the host has told it.
@@ -204,11 +211,11 @@ func (r *enclaveReceiver) identify(ctx context.Context) (*identity, error) {
 func (id *identity) stamp(resource pcommon.Resource) (dropped int64) {
 	attributes := resource.Attributes()
 	attributes.RemoveIf(func(key string, _ pcommon.Value) bool {
-		reserved := strings.HasPrefix(key, reservedOwn) || strings.HasPrefix(key, reservedPod)
-		if reserved {
+		ours := reserved(key)
+		if ours {
 			dropped++
 		}
-		return reserved
+		return ours
 	})
 	attributes.PutBool("cloister.attested", true)
 	attributes.PutStr("cloister.enclave.id", id.document.ModuleID)

@@ -212,10 +212,13 @@ func forge(r pcommon.Resource) {
 	r.Attributes().PutStr("k8s.pod.name", "somebody-else")
 	r.Attributes().PutStr("k8s.node.name", "anywhere")
 	r.Attributes().PutStr("cloister.pcr16", "00")
+	r.Attributes().PutStr("k8s_pod_name", "somebody-else")
+	r.Attributes().PutStr("k8s\u00b7pod.name", "somebody-else")
+	r.Attributes().PutStr("k8sgpt.model", "its own")
 }
 
 var stamped = map[string]any{
-	"service.name": "shop", "cloister.attested": true, "cloister.enclave.id": "i-0123456789abcdef0-enc0123456789abcdef",
+	"service.name": "shop", "k8sgpt.model": "its own", "cloister.attested": true, "cloister.enclave.id": "i-0123456789abcdef0-enc0123456789abcdef",
 	"cloister.pcr0": hex.EncodeToString(pcr0), "cloister.pcr16": hex.EncodeToString(pcr16), "k8s.pod.name": "web-0",
 }
 
@@ -266,8 +269,8 @@ func TestAttested(t *testing.T) {
 	checkStamped(t, s.traces.AllTraces()[0].ResourceSpans().At(0).Resource())
 
 	for _, signal := range []string{"logs", "metrics", "traces"} {
-		if n := s.sum(t, "otelcol_receiver_enclave_dropped_attributes", signal); n != 3 {
-			t.Errorf("%d dropped attributes of %s are counted, want 3", n, signal)
+		if n := s.sum(t, "otelcol_receiver_enclave_dropped_attributes", signal); n != 5 {
+			t.Errorf("%d dropped attributes of %s are counted, want 5", n, signal)
 		}
 	}
 }
