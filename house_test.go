@@ -140,3 +140,31 @@ func TestDependencies(t *testing.T) {
 		}
 	}
 }
+
+// Every built-in plugin has the same files, and a README as a manual page has it.
+func TestPluginFolders(t *testing.T) {
+	folders, err := os.ReadDir("enclaved/plugins")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range folders {
+		folder := path.Join("enclaved/plugins", f.Name())
+		for _, file := range []string{"setup.go", "setup_test.go", f.Name() + ".go", f.Name() + "_test.go"} {
+			if _, err := os.Stat(path.Join(folder, file)); err != nil {
+				t.Error(err)
+			}
+		}
+		readme, err := os.ReadFile(path.Join(folder, "README.md"))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		var got []string
+		for _, m := range regexp.MustCompile(`(?m)^## (.*)$`).FindAllStringSubmatch(string(readme), -1) {
+			got = append(got, m[1])
+		}
+		if want := []string{"Name", "Description", "Syntax", "Examples", "Metrics", "Bugs"}; !slices.Equal(got, want) {
+			t.Errorf("%s/README.md has the sections %q, want %q", folder, got, want)
+		}
+	}
+}
