@@ -56,7 +56,7 @@ func serve(args []string) int {
 		cfg.Invalid = errors.Join(cfg.Invalid, err)
 	}
 	machine := boot.New(cfg)
-	server := grpc.NewServer()
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(channel.MaxMessage))
 	podsock.RegisterPodServer(server, machine)
 
 	go servePod(ctx, server, filepath.Join(*runDir, filepath.Base(podsock.Path)))

@@ -141,7 +141,7 @@ func (m *Manifest) validateKMS(bad func(string, ...any), text func(string, ...st
 		case s.Env != "" && !envNameRE.MatchString(s.Env):
 			bad("%s: env %q must be a name of letters, digits and underscores", of, s.Env)
 		case s.Env != "" && slices.ContainsFunc(m.Env, func(e EnvVar) bool { return e.Name == s.Env }):
-			bad("%s: env %s has a literal value too: remove one of them", of, s.Env)
+			bad("%s: env %s is in the pod too: remove one of them", of, s.Env)
 		case s.File != "" && (!path.IsAbs(s.File) || path.Clean(s.File) != s.File || s.File == "/" || forKernel(s.File)):
 			bad("%s: file %q must be absolute, clean and outside of /dev, /proc and /sys", of, s.File)
 		case targets[target]:

@@ -69,7 +69,7 @@ func TestKMS(t *testing.T) {
 		"env and file":           {func(m *Manifest) { m.Secrets[0].File = "/a" }, "exactly one of env and file"},
 		"neither":                {func(m *Manifest) { m.Secrets[0].Env = "" }, "exactly one of env and file"},
 		"env name":               {func(m *Manifest) { m.Secrets[0].Env = "A=B" }, "letters, digits and underscores"},
-		"env of the pod":         {func(m *Manifest) { m.Env = []EnvVar{{"DB_PASSWORD", "x"}} }, "literal value too"},
+		"env of the pod":         {func(m *Manifest) { m.Env = []EnvVar{{Name: "DB_PASSWORD", Value: "x"}} }, "is in the pod too"},
 		"same file":              {func(m *Manifest) { m.Secrets[0].Env, m.Secrets[0].File = "", "/run/secrets/token" }, "another secret"},
 		"relative file":          {func(m *Manifest) { m.Secrets[1].File = "token" }, "absolute"},
 		"file of the kernel":     {func(m *Manifest) { m.Secrets[1].File = "/proc/sys/kernel/core_pattern" }, "outside of /dev"},

@@ -32,7 +32,11 @@ type Manifest struct {
 	Command []string `json:"command,omitempty"`
 	Args    []string `json:"args,omitempty"`
 	// Env is in the author's order, which $(VAR) depends on.
-	Env        []EnvVar  `json:"env,omitempty"`
+	Env []EnvVar `json:"env,omitempty"`
+	// EnvFrom lets the host supply variables of any name but those that RefusedEnv knows. Env wins.
+	EnvFrom bool `json:"envFrom,omitempty"`
+	// HostEnv names those of RefusedEnv that the host may supply all the same, in ascending order.
+	HostEnv    []string  `json:"hostEnv,omitempty"`
 	WorkingDir string    `json:"workingDir,omitempty"`
 	User       *User     `json:"user,omitempty"`
 	Security   *Security `json:"security,omitempty"`
@@ -61,8 +65,17 @@ type Image struct {
 	Platform string `json:"platform,omitempty"`
 }
 
-// EnvVar is one literal environment variable.
+// EnvVar is one environment variable.
 type EnvVar struct {
+	Name string `json:"name"`
+	// Value is expanded with $(VAR) as the kubelet does it.
+	Value string `json:"value,omitempty"`
+	// Host says that the host supplies the value, or none: it can read and change it. It is not expanded.
+	Host bool `json:"host,omitempty"`
+}
+
+// Header is one header of a request.
+type Header struct {
 	Name  string `json:"name"`
 	Value string `json:"value"`
 }
@@ -131,7 +144,7 @@ type HTTPProbe struct {
 	// Scheme is "HTTPS" (the certificate is not verified, as the kubelet does not), or empty for HTTP.
 	Scheme string `json:"scheme,omitempty"`
 	// Headers are in the author's order; "Host" sets the request's host.
-	Headers []EnvVar `json:"headers,omitempty"`
+	Headers []Header `json:"headers,omitempty"`
 }
 
 // ExecProbe runs a command in the workload's file system as the workload's user; status 0 is success.
@@ -139,15 +152,24 @@ type ExecProbe struct {
 	Command []string `json:"command"`
 }
 
-// MountTmpfs is memory of the enclave: an emptyDir that no other container shares.
-const MountTmpfs = "tmpfs"
+// Kinds of a Mount.
+const (
+	// MountTmpfs is memory of the enclave: an emptyDir that no other container shares.
+	MountTmpfs = "tmpfs"
+	// MountHost is files that the host supplies, a directory or one file, read-only: a ConfigMap, Secret,
+	// projected or downward API volume, or an emptyDir that another container shares. The host can read and
+	// change them at any time.
+	MountHost = "host"
+)
 
 // Mount is something mounted into the workload's file system.
 type Mount struct {
 	// Path is absolute and clean.
 	Path string `json:"path"`
-	// Kind is MountTmpfs.
+	// Kind is MountTmpfs or MountHost.
 	Kind string `json:"kind"`
+	// SubPath, of MountHost, is what of the volume is mounted, as the author wrote it; it never changes then.
+	SubPath string `json:"subPath,omitempty"`
 	// SizeLimit is in bytes; 0 means no limit but the enclave's memory.
 	SizeLimit int64 `json:"sizeLimit,omitempty"`
 	ReadOnly  bool  `json:"readOnly,omitempty"`

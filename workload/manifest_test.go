@@ -18,14 +18,14 @@ func full() *Manifest {
 		Image:      Image{Digest: digest, Platform: "linux/arm64"},
 		Command:    []string{"/bin/server", "--listen=$(ADDR)"},
 		Args:       []string{"<&>", "\u2028", "ü"},
-		Env:        []EnvVar{{"B", "2"}, {"A", ""}},
+		Env:        []EnvVar{{Name: "B", Value: "2"}, {Name: "A"}},
 		WorkingDir: "/srv",
 		User:       &User{UID: ptr[int64](1000), GID: ptr[int64](0), Groups: []int64{5, 7}, NonRoot: true},
 		Security:   &Security{NoNewPrivileges: true, ReadOnlyRoot: true, DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"CHOWN"}},
 		Ports:      []Port{{Name: "web", Port: 80}, {Port: 5432, Protocol: ProtocolTCP, Plaintext: true}},
 		Probes: &Probes{
 			Liveness:  &Probe{Exec: &ExecProbe{Command: []string{"true"}}},
-			Readiness: &Probe{HTTP: &HTTPProbe{Port: 80, Path: "/ready", Scheme: "HTTPS", Headers: []EnvVar{{"Host", "a"}}}},
+			Readiness: &Probe{HTTP: &HTTPProbe{Port: 80, Path: "/ready", Scheme: "HTTPS", Headers: []Header{{"Host", "a"}}}},
 		},
 		Mounts: []Mount{{Path: "/tmp", Kind: MountTmpfs, SizeLimit: 1 << 20, ReadOnly: true}},
 		Egress: []string{"10.0.0.1:80", "[2001:db8::1]:443", "example.org:443"},
@@ -60,7 +60,7 @@ func TestCanonicalIsFixed(t *testing.T) {
 		APIVersion: APIVersion,
 		Image:      Image{Digest: digest},
 		Args:       []string{"<&>", "ü"},
-		Env:        []EnvVar{{"K", "v"}},
+		Env:        []EnvVar{{Name: "K", Value: "v"}},
 		Ports:      []Port{{Port: 80}},
 	}
 	c, err := m.Canonical()

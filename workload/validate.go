@@ -43,12 +43,7 @@ func (m *Manifest) Validate() error {
 	}
 	text("command", m.Command...)
 	text("args", m.Args...)
-	for _, e := range m.Env {
-		if e.Name == "" || strings.Contains(e.Name, "=") {
-			bad("env name %q must not be empty or contain =", e.Name)
-		}
-		text("env "+e.Name, e.Name, e.Value)
-	}
+	m.validateHost(bad, text)
 	if w := m.WorkingDir; w != "" && !path.IsAbs(w) {
 		bad("workingDir %q is not absolute", w)
 	}
@@ -87,8 +82,8 @@ func (m *Manifest) Validate() error {
 			bad("mount path %q is listed twice", v.Path)
 		}
 		seen[v.Path] = true
-		if v.Kind != MountTmpfs {
-			bad("mount %q: kind %q must be %q", v.Path, v.Kind, MountTmpfs)
+		if v.Kind != MountTmpfs && v.Kind != MountHost {
+			bad("mount %q: kind %q must be %q or %q", v.Path, v.Kind, MountTmpfs, MountHost)
 		}
 		if v.SizeLimit < 0 || v.SizeLimit > maxSafeInteger {
 			bad("mount %q: sizeLimit %d is out of range", v.Path, v.SizeLimit)

@@ -95,7 +95,7 @@ func TestHTTPProbe(t *testing.T) {
 		})
 	}
 
-	headers := []workload.EnvVar{{Name: "host", Value: "example.org"}, {Name: "X-A", Value: "1"}, {Name: "X-A", Value: "2"}, {Name: "accept", Value: ""}}
+	headers := []workload.Header{{Name: "host", Value: "example.org"}, {Name: "X-A", Value: "1"}, {Name: "X-A", Value: "2"}, {Name: "accept", Value: ""}}
 	if err := runHTTP(t.Context(), &workload.HTTPProbe{Port: port(plain), Path: "/200?a=b", Headers: headers}); err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"cloister.dev/cloister/workload"
 )
 
 const (
@@ -22,8 +24,9 @@ const (
 	// heartbeatTimeout bounds the exchange; both ends answer at once.
 	heartbeatTimeout = 10 * time.Second
 
-	// maxMessage bounds one message in bytes: a manifest of 128 KiB fits with room to spare.
-	maxMessage = 1 << 20
+	// MaxMessage bounds one message in bytes, here and on the pod socket: all that the host may supply fits,
+	// with the encoding of its many parts.
+	MaxMessage = workload.MaxHostValues + 4<<20
 )
 
 // ServeEnclave exchanges the heartbeat on c, registers with register and serves gRPC on c until c
@@ -33,7 +36,7 @@ func ServeEnclave(c net.Conn, register func(grpc.ServiceRegistrar)) error {
 	if err := beat(c, true); err != nil {
 		return err
 	}
-	s := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage))
+	s := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage))
 	register(s)
 	w := &watchedConn{Conn: c, done: make(chan struct{})}
 	l := &oneListener{conn: w, closed: make(chan struct{})}
@@ -70,7 +73,7 @@ func NewClient(c net.Conn) (client *grpc.ClientConn, done <-chan struct{}, err e
 				return nil, errors.New("the enclave's control channel has ended")
 			}
 		}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage)),
 	)
 	if err != nil {
 		c.Close()

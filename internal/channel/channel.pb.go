@@ -123,7 +123,7 @@ func (x Output_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Output_Stream.Descriptor instead.
 func (Output_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7, 0}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13, 0}
 }
 
 type ConfigureRequest struct {
@@ -295,8 +295,9 @@ type RunRequest struct {
 	// HTTP/2: CONNECT host:port.
 	EgressPort uint32 `protobuf:"varint,1,opt,name=egress_port,json=egressPort,proto3" json:"egress_port,omitempty"`
 	// HTTP: credentials of the cloud.
-	CredentialsPort uint32 `protobuf:"varint,2,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
-	Pod             *Pod   `protobuf:"bytes,3,opt,name=pod,proto3" json:"pod,omitempty"`
+	CredentialsPort uint32      `protobuf:"varint,2,opt,name=credentials_port,json=credentialsPort,proto3" json:"credentials_port,omitempty"`
+	Pod             *Pod        `protobuf:"bytes,3,opt,name=pod,proto3" json:"pod,omitempty"`
+	Values          *HostValues `protobuf:"bytes,4,opt,name=values,proto3" json:"values,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -352,6 +353,335 @@ func (x *RunRequest) GetPod() *Pod {
 	return nil
 }
 
+func (x *RunRequest) GetValues() *HostValues {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+// HostValues are what the host supplies to the workload. enclaved takes nothing that the manifest does not
+// list. All names and values together have at most workload.MaxHostValues bytes.
+type HostValues struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Variables of the manifest's env, as the kubelet resolved them. One that it left unset is not here.
+	Env []*Variable `protobuf:"bytes,1,rep,name=env,proto3" json:"env,omitempty"`
+	// All variables of envFrom.
+	EnvFrom []*Variable `protobuf:"bytes,2,rep,name=env_from,json=envFrom,proto3" json:"env_from,omitempty"`
+	// Every mount of kind host.
+	Mounts        []*HostMount `protobuf:"bytes,3,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostValues) Reset() {
+	*x = HostValues{}
+	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostValues) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostValues) ProtoMessage() {}
+
+func (x *HostValues) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostValues.ProtoReflect.Descriptor instead.
+func (*HostValues) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HostValues) GetEnv() []*Variable {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *HostValues) GetEnvFrom() []*Variable {
+	if x != nil {
+		return x.EnvFrom
+	}
+	return nil
+}
+
+func (x *HostValues) GetMounts() []*HostMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+// Variable: bytes, since a Secret need not be UTF-8.
+type Variable struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Value         []byte                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Variable) Reset() {
+	*x = Variable{}
+	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Variable) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Variable) ProtoMessage() {}
+
+func (x *Variable) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Variable.ProtoReflect.Descriptor instead.
+func (*Variable) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Variable) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Variable) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+type HostMount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As the manifest has it.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Regular files with their path below the mount; links have been followed. Where the mount itself is a
+	// file it is the only one, with an empty path.
+	Files         []*HostFile `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostMount) Reset() {
+	*x = HostMount{}
+	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostMount) ProtoMessage() {}
+
+func (x *HostMount) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostMount.ProtoReflect.Descriptor instead.
+func (*HostMount) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HostMount) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *HostMount) GetFiles() []*HostFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+type HostFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Data  []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// Permission bits; the owner is root.
+	Mode          uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
+	Gid           uint32 `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostFile) Reset() {
+	*x = HostFile{}
+	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostFile) ProtoMessage() {}
+
+func (x *HostFile) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostFile.ProtoReflect.Descriptor instead.
+func (*HostFile) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *HostFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *HostFile) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *HostFile) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *HostFile) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+type UpdateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mount         *HostMount             `protobuf:"bytes,1,opt,name=mount,proto3" json:"mount,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRequest) Reset() {
+	*x = UpdateRequest{}
+	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRequest) ProtoMessage() {}
+
+func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRequest) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *UpdateRequest) GetMount() *HostMount {
+	if x != nil {
+		return x.Mount
+	}
+	return nil
+}
+
+type UpdateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateResponse) Reset() {
+	*x = UpdateResponse{}
+	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateResponse) ProtoMessage() {}
+
+func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateResponse.ProtoReflect.Descriptor instead.
+func (*UpdateResponse) Descriptor() ([]byte, []int) {
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{9}
+}
+
 // Pod names the enclave's pod. It is host-supplied: nothing proves it, and only telemetry carries it.
 type Pod struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -364,7 +694,7 @@ type Pod struct {
 
 func (x *Pod) Reset() {
 	*x = Pod{}
-	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	mi := &file_internal_channel_channel_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -376,7 +706,7 @@ func (x *Pod) String() string {
 func (*Pod) ProtoMessage() {}
 
 func (x *Pod) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[4]
+	mi := &file_internal_channel_channel_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -389,7 +719,7 @@ func (x *Pod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pod.ProtoReflect.Descriptor instead.
 func (*Pod) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{4}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Pod) GetName() string {
@@ -428,7 +758,7 @@ type RunEvent struct {
 
 func (x *RunEvent) Reset() {
 	*x = RunEvent{}
-	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	mi := &file_internal_channel_channel_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -440,7 +770,7 @@ func (x *RunEvent) String() string {
 func (*RunEvent) ProtoMessage() {}
 
 func (x *RunEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[5]
+	mi := &file_internal_channel_channel_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -453,7 +783,7 @@ func (x *RunEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunEvent.ProtoReflect.Descriptor instead.
 func (*RunEvent) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{5}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RunEvent) GetEvent() isRunEvent_Event {
@@ -539,7 +869,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	mi := &file_internal_channel_channel_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +881,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[6]
+	mi := &file_internal_channel_channel_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +894,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{6}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Progress) GetStep() string {
@@ -591,7 +921,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -603,7 +933,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[7]
+	mi := &file_internal_channel_channel_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -616,7 +946,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{7}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Output) GetStream() Output_Stream {
@@ -642,7 +972,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +984,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[8]
+	mi := &file_internal_channel_channel_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +997,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{8}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{14}
 }
 
 // Exited is the last event of a run.
@@ -684,7 +1014,7 @@ type Exited struct {
 
 func (x *Exited) Reset() {
 	*x = Exited{}
-	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	mi := &file_internal_channel_channel_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +1026,7 @@ func (x *Exited) String() string {
 func (*Exited) ProtoMessage() {}
 
 func (x *Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[9]
+	mi := &file_internal_channel_channel_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +1039,7 @@ func (x *Exited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exited.ProtoReflect.Descriptor instead.
 func (*Exited) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{9}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Exited) GetCode() int32 {
@@ -739,7 +1069,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[10]
+	mi := &file_internal_channel_channel_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +1081,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[10]
+	mi := &file_internal_channel_channel_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +1094,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{10}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ProbeRequest) GetKind() ProbeKind {
@@ -799,7 +1129,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[11]
+	mi := &file_internal_channel_channel_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +1141,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[11]
+	mi := &file_internal_channel_channel_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +1154,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{11}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ProbeResponse) GetOk() bool {
@@ -853,7 +1183,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[12]
+	mi := &file_internal_channel_channel_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +1195,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[12]
+	mi := &file_internal_channel_channel_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +1208,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{12}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StopRequest) GetDrainMs() uint32 {
@@ -903,7 +1233,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	mi := &file_internal_channel_channel_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1245,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[13]
+	mi := &file_internal_channel_channel_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1258,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{13}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{19}
 }
 
 type StatsRequest struct {
@@ -939,7 +1269,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	mi := &file_internal_channel_channel_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1281,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[14]
+	mi := &file_internal_channel_channel_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1294,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{14}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{20}
 }
 
 type StatsResponse struct {
@@ -986,7 +1316,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_internal_channel_channel_proto_msgTypes[15]
+	mi := &file_internal_channel_channel_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1328,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_channel_channel_proto_msgTypes[15]
+	mi := &file_internal_channel_channel_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1341,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_channel_channel_proto_rawDescGZIP(), []int{15}
+	return file_internal_channel_channel_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StatsResponse) GetMemoryUsed() uint64 {
@@ -1069,13 +1399,33 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\acontent\x18\x01 \x01(\rR\acontent\x12\x10\n" +
 	"\x03nsm\x18\x02 \x01(\rR\x03nsm\"/\n" +
 	"\x11ConfigureResponse\x12\x1a\n" +
-	"\bdocument\x18\x01 \x01(\fR\bdocument\"\x84\x01\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"\xbd\x01\n" +
 	"\n" +
 	"RunRequest\x12\x1f\n" +
 	"\vegress_port\x18\x01 \x01(\rR\n" +
 	"egressPort\x12)\n" +
 	"\x10credentials_port\x18\x02 \x01(\rR\x0fcredentialsPort\x12*\n" +
-	"\x03pod\x18\x03 \x01(\v2\x18.cloister.channel.v1.PodR\x03pod\"I\n" +
+	"\x03pod\x18\x03 \x01(\v2\x18.cloister.channel.v1.PodR\x03pod\x127\n" +
+	"\x06values\x18\x04 \x01(\v2\x1f.cloister.channel.v1.HostValuesR\x06values\"\xaf\x01\n" +
+	"\n" +
+	"HostValues\x12/\n" +
+	"\x03env\x18\x01 \x03(\v2\x1d.cloister.channel.v1.VariableR\x03env\x128\n" +
+	"\benv_from\x18\x02 \x03(\v2\x1d.cloister.channel.v1.VariableR\aenvFrom\x126\n" +
+	"\x06mounts\x18\x03 \x03(\v2\x1e.cloister.channel.v1.HostMountR\x06mounts\"4\n" +
+	"\bVariable\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\"T\n" +
+	"\tHostMount\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x123\n" +
+	"\x05files\x18\x02 \x03(\v2\x1d.cloister.channel.v1.HostFileR\x05files\"X\n" +
+	"\bHostFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x12\n" +
+	"\x04mode\x18\x03 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\"E\n" +
+	"\rUpdateRequest\x124\n" +
+	"\x05mount\x18\x01 \x01(\v2\x1e.cloister.channel.v1.HostMountR\x05mount\"\x10\n" +
+	"\x0eUpdateResponse\"I\n" +
 	"\x03Pod\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x10\n" +
@@ -1127,10 +1477,11 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\x16PROBE_KIND_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12PROBE_KIND_STARTUP\x10\x01\x12\x17\n" +
 	"\x13PROBE_KIND_LIVENESS\x10\x02\x12\x18\n" +
-	"\x14PROBE_KIND_READINESS\x10\x032\x9b\x03\n" +
+	"\x14PROBE_KIND_READINESS\x10\x032\xee\x03\n" +
 	"\aEnclave\x12Z\n" +
 	"\tConfigure\x12%.cloister.channel.v1.ConfigureRequest\x1a&.cloister.channel.v1.ConfigureResponse\x12G\n" +
-	"\x03Run\x12\x1f.cloister.channel.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12N\n" +
+	"\x03Run\x12\x1f.cloister.channel.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12Q\n" +
+	"\x06Update\x12\".cloister.channel.v1.UpdateRequest\x1a#.cloister.channel.v1.UpdateResponse\x12N\n" +
 	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.channel.v1.ProbeResponse\x12N\n" +
 	"\x05Stats\x12!.cloister.channel.v1.StatsRequest\x1a\".cloister.channel.v1.StatsResponse\x12K\n" +
 	"\x04Stop\x12 .cloister.channel.v1.StopRequest\x1a!.cloister.channel.v1.StopResponseB(Z&cloister.dev/cloister/internal/channelb\x06proto3"
@@ -1148,7 +1499,7 @@ func file_internal_channel_channel_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_channel_channel_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_internal_channel_channel_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_internal_channel_channel_proto_goTypes = []any{
 	(ProbeKind)(0),            // 0: cloister.channel.v1.ProbeKind
 	(Output_Stream)(0),        // 1: cloister.channel.v1.Output.Stream
@@ -1156,43 +1507,57 @@ var file_internal_channel_channel_proto_goTypes = []any{
 	(*HostPorts)(nil),         // 3: cloister.channel.v1.HostPorts
 	(*ConfigureResponse)(nil), // 4: cloister.channel.v1.ConfigureResponse
 	(*RunRequest)(nil),        // 5: cloister.channel.v1.RunRequest
-	(*Pod)(nil),               // 6: cloister.channel.v1.Pod
-	(*RunEvent)(nil),          // 7: cloister.channel.v1.RunEvent
-	(*Progress)(nil),          // 8: cloister.channel.v1.Progress
-	(*Output)(nil),            // 9: cloister.channel.v1.Output
-	(*Started)(nil),           // 10: cloister.channel.v1.Started
-	(*Exited)(nil),            // 11: cloister.channel.v1.Exited
-	(*ProbeRequest)(nil),      // 12: cloister.channel.v1.ProbeRequest
-	(*ProbeResponse)(nil),     // 13: cloister.channel.v1.ProbeResponse
-	(*StopRequest)(nil),       // 14: cloister.channel.v1.StopRequest
-	(*StopResponse)(nil),      // 15: cloister.channel.v1.StopResponse
-	(*StatsRequest)(nil),      // 16: cloister.channel.v1.StatsRequest
-	(*StatsResponse)(nil),     // 17: cloister.channel.v1.StatsResponse
+	(*HostValues)(nil),        // 6: cloister.channel.v1.HostValues
+	(*Variable)(nil),          // 7: cloister.channel.v1.Variable
+	(*HostMount)(nil),         // 8: cloister.channel.v1.HostMount
+	(*HostFile)(nil),          // 9: cloister.channel.v1.HostFile
+	(*UpdateRequest)(nil),     // 10: cloister.channel.v1.UpdateRequest
+	(*UpdateResponse)(nil),    // 11: cloister.channel.v1.UpdateResponse
+	(*Pod)(nil),               // 12: cloister.channel.v1.Pod
+	(*RunEvent)(nil),          // 13: cloister.channel.v1.RunEvent
+	(*Progress)(nil),          // 14: cloister.channel.v1.Progress
+	(*Output)(nil),            // 15: cloister.channel.v1.Output
+	(*Started)(nil),           // 16: cloister.channel.v1.Started
+	(*Exited)(nil),            // 17: cloister.channel.v1.Exited
+	(*ProbeRequest)(nil),      // 18: cloister.channel.v1.ProbeRequest
+	(*ProbeResponse)(nil),     // 19: cloister.channel.v1.ProbeResponse
+	(*StopRequest)(nil),       // 20: cloister.channel.v1.StopRequest
+	(*StopResponse)(nil),      // 21: cloister.channel.v1.StopResponse
+	(*StatsRequest)(nil),      // 22: cloister.channel.v1.StatsRequest
+	(*StatsResponse)(nil),     // 23: cloister.channel.v1.StatsResponse
 }
 var file_internal_channel_channel_proto_depIdxs = []int32{
 	3,  // 0: cloister.channel.v1.ConfigureRequest.ports:type_name -> cloister.channel.v1.HostPorts
-	6,  // 1: cloister.channel.v1.RunRequest.pod:type_name -> cloister.channel.v1.Pod
-	8,  // 2: cloister.channel.v1.RunEvent.progress:type_name -> cloister.channel.v1.Progress
-	9,  // 3: cloister.channel.v1.RunEvent.output:type_name -> cloister.channel.v1.Output
-	10, // 4: cloister.channel.v1.RunEvent.started:type_name -> cloister.channel.v1.Started
-	11, // 5: cloister.channel.v1.RunEvent.exited:type_name -> cloister.channel.v1.Exited
-	1,  // 6: cloister.channel.v1.Output.stream:type_name -> cloister.channel.v1.Output.Stream
-	0,  // 7: cloister.channel.v1.ProbeRequest.kind:type_name -> cloister.channel.v1.ProbeKind
-	2,  // 8: cloister.channel.v1.Enclave.Configure:input_type -> cloister.channel.v1.ConfigureRequest
-	5,  // 9: cloister.channel.v1.Enclave.Run:input_type -> cloister.channel.v1.RunRequest
-	12, // 10: cloister.channel.v1.Enclave.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	16, // 11: cloister.channel.v1.Enclave.Stats:input_type -> cloister.channel.v1.StatsRequest
-	14, // 12: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
-	4,  // 13: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
-	7,  // 14: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
-	13, // 15: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
-	17, // 16: cloister.channel.v1.Enclave.Stats:output_type -> cloister.channel.v1.StatsResponse
-	15, // 17: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
-	13, // [13:18] is the sub-list for method output_type
-	8,  // [8:13] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	12, // 1: cloister.channel.v1.RunRequest.pod:type_name -> cloister.channel.v1.Pod
+	6,  // 2: cloister.channel.v1.RunRequest.values:type_name -> cloister.channel.v1.HostValues
+	7,  // 3: cloister.channel.v1.HostValues.env:type_name -> cloister.channel.v1.Variable
+	7,  // 4: cloister.channel.v1.HostValues.env_from:type_name -> cloister.channel.v1.Variable
+	8,  // 5: cloister.channel.v1.HostValues.mounts:type_name -> cloister.channel.v1.HostMount
+	9,  // 6: cloister.channel.v1.HostMount.files:type_name -> cloister.channel.v1.HostFile
+	8,  // 7: cloister.channel.v1.UpdateRequest.mount:type_name -> cloister.channel.v1.HostMount
+	14, // 8: cloister.channel.v1.RunEvent.progress:type_name -> cloister.channel.v1.Progress
+	15, // 9: cloister.channel.v1.RunEvent.output:type_name -> cloister.channel.v1.Output
+	16, // 10: cloister.channel.v1.RunEvent.started:type_name -> cloister.channel.v1.Started
+	17, // 11: cloister.channel.v1.RunEvent.exited:type_name -> cloister.channel.v1.Exited
+	1,  // 12: cloister.channel.v1.Output.stream:type_name -> cloister.channel.v1.Output.Stream
+	0,  // 13: cloister.channel.v1.ProbeRequest.kind:type_name -> cloister.channel.v1.ProbeKind
+	2,  // 14: cloister.channel.v1.Enclave.Configure:input_type -> cloister.channel.v1.ConfigureRequest
+	5,  // 15: cloister.channel.v1.Enclave.Run:input_type -> cloister.channel.v1.RunRequest
+	10, // 16: cloister.channel.v1.Enclave.Update:input_type -> cloister.channel.v1.UpdateRequest
+	18, // 17: cloister.channel.v1.Enclave.Probe:input_type -> cloister.channel.v1.ProbeRequest
+	22, // 18: cloister.channel.v1.Enclave.Stats:input_type -> cloister.channel.v1.StatsRequest
+	20, // 19: cloister.channel.v1.Enclave.Stop:input_type -> cloister.channel.v1.StopRequest
+	4,  // 20: cloister.channel.v1.Enclave.Configure:output_type -> cloister.channel.v1.ConfigureResponse
+	13, // 21: cloister.channel.v1.Enclave.Run:output_type -> cloister.channel.v1.RunEvent
+	11, // 22: cloister.channel.v1.Enclave.Update:output_type -> cloister.channel.v1.UpdateResponse
+	19, // 23: cloister.channel.v1.Enclave.Probe:output_type -> cloister.channel.v1.ProbeResponse
+	23, // 24: cloister.channel.v1.Enclave.Stats:output_type -> cloister.channel.v1.StatsResponse
+	21, // 25: cloister.channel.v1.Enclave.Stop:output_type -> cloister.channel.v1.StopResponse
+	20, // [20:26] is the sub-list for method output_type
+	14, // [14:20] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_internal_channel_channel_proto_init() }
@@ -1200,7 +1565,7 @@ func file_internal_channel_channel_proto_init() {
 	if File_internal_channel_channel_proto != nil {
 		return
 	}
-	file_internal_channel_channel_proto_msgTypes[5].OneofWrappers = []any{
+	file_internal_channel_channel_proto_msgTypes[11].OneofWrappers = []any{
 		(*RunEvent_Progress)(nil),
 		(*RunEvent_Output)(nil),
 		(*RunEvent_Started)(nil),
@@ -1212,7 +1577,7 @@ func file_internal_channel_channel_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_channel_channel_proto_rawDesc), len(file_internal_channel_channel_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   16,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

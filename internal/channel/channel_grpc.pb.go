@@ -25,6 +25,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Enclave_Configure_FullMethodName = "/cloister.channel.v1.Enclave/Configure"
 	Enclave_Run_FullMethodName       = "/cloister.channel.v1.Enclave/Run"
+	Enclave_Update_FullMethodName    = "/cloister.channel.v1.Enclave/Update"
 	Enclave_Probe_FullMethodName     = "/cloister.channel.v1.Enclave/Probe"
 	Enclave_Stats_FullMethodName     = "/cloister.channel.v1.Enclave/Stats"
 	Enclave_Stop_FullMethodName      = "/cloister.channel.v1.Enclave/Stop"
@@ -42,6 +43,9 @@ type EnclaveClient interface {
 	// until the workload has ended. It is called at most once in the life of an enclave. A fetch that
 	// fails is reported as Progress with an error and tried again until it succeeds or Stop is called.
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RunEvent], error)
+	// Update replaces what the host supplies for one mount of the manifest, at once and as a whole. Before the
+	// workload has been started it fails with FailedPrecondition: try again.
+	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error)
 	// Probe runs one probe of the manifest.
 	Probe(ctx context.Context, in *ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
 	// Stats returns the enclave's counters, since its start. It needs no Configure.
@@ -88,6 +92,16 @@ func (c *enclaveClient) Run(ctx context.Context, in *RunRequest, opts ...grpc.Ca
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Enclave_RunClient = grpc.ServerStreamingClient[RunEvent]
 
+func (c *enclaveClient) Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateResponse)
+	err := c.cc.Invoke(ctx, Enclave_Update_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *enclaveClient) Probe(ctx context.Context, in *ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ProbeResponse)
@@ -130,6 +144,9 @@ type EnclaveServer interface {
 	// until the workload has ended. It is called at most once in the life of an enclave. A fetch that
 	// fails is reported as Progress with an error and tried again until it succeeds or Stop is called.
 	Run(*RunRequest, grpc.ServerStreamingServer[RunEvent]) error
+	// Update replaces what the host supplies for one mount of the manifest, at once and as a whole. Before the
+	// workload has been started it fails with FailedPrecondition: try again.
+	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
 	// Probe runs one probe of the manifest.
 	Probe(context.Context, *ProbeRequest) (*ProbeResponse, error)
 	// Stats returns the enclave's counters, since its start. It needs no Configure.
@@ -152,6 +169,9 @@ func (UnimplementedEnclaveServer) Configure(context.Context, *ConfigureRequest) 
 }
 func (UnimplementedEnclaveServer) Run(*RunRequest, grpc.ServerStreamingServer[RunEvent]) error {
 	return status.Error(codes.Unimplemented, "method Run not implemented")
+}
+func (UnimplementedEnclaveServer) Update(context.Context, *UpdateRequest) (*UpdateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Update not implemented")
 }
 func (UnimplementedEnclaveServer) Probe(context.Context, *ProbeRequest) (*ProbeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Probe not implemented")
@@ -211,6 +231,24 @@ func _Enclave_Run_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Enclave_RunServer = grpc.ServerStreamingServer[RunEvent]
+
+func _Enclave_Update_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EnclaveServer).Update(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Enclave_Update_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EnclaveServer).Update(ctx, req.(*UpdateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Enclave_Probe_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ProbeRequest)
@@ -276,6 +314,10 @@ var Enclave_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Configure",
 			Handler:    _Enclave_Configure_Handler,
+		},
+		{
+			MethodName: "Update",
+			Handler:    _Enclave_Update_Handler,
 		},
 		{
 			MethodName: "Probe",

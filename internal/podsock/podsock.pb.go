@@ -331,6 +331,7 @@ func (*RegisterResponse) Descriptor() ([]byte, []int) {
 
 type RunRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Values        *channel.HostValues    `protobuf:"bytes,1,opt,name=values,proto3" json:"values,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -363,6 +364,13 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
 	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RunRequest) GetValues() *channel.HostValues {
+	if x != nil {
+		return x.Values
+	}
+	return nil
 }
 
 type ProbeResponse struct {
@@ -469,19 +477,21 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\vegress_port\x18\x02 \x01(\rR\n" +
 	"egressPort\x12)\n" +
 	"\x10credentials_port\x18\x03 \x01(\rR\x0fcredentialsPort\"\x12\n" +
-	"\x10RegisterResponse\"\f\n" +
+	"\x10RegisterResponse\"E\n" +
 	"\n" +
-	"RunRequest\"r\n" +
+	"RunRequest\x127\n" +
+	"\x06values\x18\x01 \x01(\v2\x1f.cloister.channel.v1.HostValuesR\x06values\"r\n" +
 	"\rProbeResponse\x12\x0e\n" +
 	"\x02ok\x18\x01 \x01(\bR\x02ok\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x18\n" +
 	"\astarted\x18\x03 \x01(\bR\astarted\x12\x1d\n" +
 	"\n" +
-	"running_ms\x18\x04 \x01(\x04R\trunningMs2\xe5\x03\n" +
+	"running_ms\x18\x04 \x01(\x04R\trunningMs2\xb8\x04\n" +
 	"\x03Pod\x12O\n" +
 	"\x05Watch\x12!.cloister.podsock.v1.WatchRequest\x1a!.cloister.podsock.v1.EnclaveState0\x01\x12W\n" +
 	"\bRegister\x12$.cloister.podsock.v1.RegisterRequest\x1a%.cloister.podsock.v1.RegisterResponse\x12G\n" +
-	"\x03Run\x12\x1f.cloister.podsock.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12N\n" +
+	"\x03Run\x12\x1f.cloister.podsock.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12Q\n" +
+	"\x06Update\x12\".cloister.channel.v1.UpdateRequest\x1a#.cloister.channel.v1.UpdateResponse\x12N\n" +
 	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.podsock.v1.ProbeResponse\x12N\n" +
 	"\x05Stats\x12!.cloister.channel.v1.StatsRequest\x1a\".cloister.channel.v1.StatsResponse\x12K\n" +
 	"\x04Stop\x12 .cloister.channel.v1.StopRequest\x1a!.cloister.channel.v1.StopResponseB(Z&cloister.dev/cloister/internal/podsockb\x06proto3"
@@ -501,41 +511,47 @@ func file_internal_podsock_podsock_proto_rawDescGZIP() []byte {
 var file_internal_podsock_podsock_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_internal_podsock_podsock_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_internal_podsock_podsock_proto_goTypes = []any{
-	(EnclaveState_Phase)(0),       // 0: cloister.podsock.v1.EnclaveState.Phase
-	(*WatchRequest)(nil),          // 1: cloister.podsock.v1.WatchRequest
-	(*EnclaveState)(nil),          // 2: cloister.podsock.v1.EnclaveState
-	(*RegisterRequest)(nil),       // 3: cloister.podsock.v1.RegisterRequest
-	(*RegisterResponse)(nil),      // 4: cloister.podsock.v1.RegisterResponse
-	(*RunRequest)(nil),            // 5: cloister.podsock.v1.RunRequest
-	(*ProbeResponse)(nil),         // 6: cloister.podsock.v1.ProbeResponse
-	(*channel.Progress)(nil),      // 7: cloister.channel.v1.Progress
-	(*channel.ProbeRequest)(nil),  // 8: cloister.channel.v1.ProbeRequest
-	(*channel.StatsRequest)(nil),  // 9: cloister.channel.v1.StatsRequest
-	(*channel.StopRequest)(nil),   // 10: cloister.channel.v1.StopRequest
-	(*channel.RunEvent)(nil),      // 11: cloister.channel.v1.RunEvent
-	(*channel.StatsResponse)(nil), // 12: cloister.channel.v1.StatsResponse
-	(*channel.StopResponse)(nil),  // 13: cloister.channel.v1.StopResponse
+	(EnclaveState_Phase)(0),        // 0: cloister.podsock.v1.EnclaveState.Phase
+	(*WatchRequest)(nil),           // 1: cloister.podsock.v1.WatchRequest
+	(*EnclaveState)(nil),           // 2: cloister.podsock.v1.EnclaveState
+	(*RegisterRequest)(nil),        // 3: cloister.podsock.v1.RegisterRequest
+	(*RegisterResponse)(nil),       // 4: cloister.podsock.v1.RegisterResponse
+	(*RunRequest)(nil),             // 5: cloister.podsock.v1.RunRequest
+	(*ProbeResponse)(nil),          // 6: cloister.podsock.v1.ProbeResponse
+	(*channel.Progress)(nil),       // 7: cloister.channel.v1.Progress
+	(*channel.HostValues)(nil),     // 8: cloister.channel.v1.HostValues
+	(*channel.UpdateRequest)(nil),  // 9: cloister.channel.v1.UpdateRequest
+	(*channel.ProbeRequest)(nil),   // 10: cloister.channel.v1.ProbeRequest
+	(*channel.StatsRequest)(nil),   // 11: cloister.channel.v1.StatsRequest
+	(*channel.StopRequest)(nil),    // 12: cloister.channel.v1.StopRequest
+	(*channel.RunEvent)(nil),       // 13: cloister.channel.v1.RunEvent
+	(*channel.UpdateResponse)(nil), // 14: cloister.channel.v1.UpdateResponse
+	(*channel.StatsResponse)(nil),  // 15: cloister.channel.v1.StatsResponse
+	(*channel.StopResponse)(nil),   // 16: cloister.channel.v1.StopResponse
 }
 var file_internal_podsock_podsock_proto_depIdxs = []int32{
 	0,  // 0: cloister.podsock.v1.EnclaveState.phase:type_name -> cloister.podsock.v1.EnclaveState.Phase
 	7,  // 1: cloister.podsock.v1.EnclaveState.progress:type_name -> cloister.channel.v1.Progress
-	1,  // 2: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
-	3,  // 3: cloister.podsock.v1.Pod.Register:input_type -> cloister.podsock.v1.RegisterRequest
-	5,  // 4: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
-	8,  // 5: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	9,  // 6: cloister.podsock.v1.Pod.Stats:input_type -> cloister.channel.v1.StatsRequest
-	10, // 7: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
-	2,  // 8: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
-	4,  // 9: cloister.podsock.v1.Pod.Register:output_type -> cloister.podsock.v1.RegisterResponse
-	11, // 10: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
-	6,  // 11: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
-	12, // 12: cloister.podsock.v1.Pod.Stats:output_type -> cloister.channel.v1.StatsResponse
-	13, // 13: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
-	8,  // [8:14] is the sub-list for method output_type
-	2,  // [2:8] is the sub-list for method input_type
-	2,  // [2:2] is the sub-list for extension type_name
-	2,  // [2:2] is the sub-list for extension extendee
-	0,  // [0:2] is the sub-list for field type_name
+	8,  // 2: cloister.podsock.v1.RunRequest.values:type_name -> cloister.channel.v1.HostValues
+	1,  // 3: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
+	3,  // 4: cloister.podsock.v1.Pod.Register:input_type -> cloister.podsock.v1.RegisterRequest
+	5,  // 5: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
+	9,  // 6: cloister.podsock.v1.Pod.Update:input_type -> cloister.channel.v1.UpdateRequest
+	10, // 7: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
+	11, // 8: cloister.podsock.v1.Pod.Stats:input_type -> cloister.channel.v1.StatsRequest
+	12, // 9: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
+	2,  // 10: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
+	4,  // 11: cloister.podsock.v1.Pod.Register:output_type -> cloister.podsock.v1.RegisterResponse
+	13, // 12: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
+	14, // 13: cloister.podsock.v1.Pod.Update:output_type -> cloister.channel.v1.UpdateResponse
+	6,  // 14: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
+	15, // 15: cloister.podsock.v1.Pod.Stats:output_type -> cloister.channel.v1.StatsResponse
+	16, // 16: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
+	10, // [10:17] is the sub-list for method output_type
+	3,  // [3:10] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_internal_podsock_podsock_proto_init() }

@@ -23,6 +23,7 @@ const (
 	Pod_Watch_FullMethodName    = "/cloister.podsock.v1.Pod/Watch"
 	Pod_Register_FullMethodName = "/cloister.podsock.v1.Pod/Register"
 	Pod_Run_FullMethodName      = "/cloister.podsock.v1.Pod/Run"
+	Pod_Update_FullMethodName   = "/cloister.podsock.v1.Pod/Update"
 	Pod_Probe_FullMethodName    = "/cloister.podsock.v1.Pod/Probe"
 	Pod_Stats_FullMethodName    = "/cloister.podsock.v1.Pod/Stats"
 	Pod_Stop_FullMethodName     = "/cloister.podsock.v1.Pod/Stop"
@@ -45,6 +46,9 @@ type PodClient interface {
 	// has ended before a newer one boots. When the enclave is lost the stream ends with status
 	// Unavailable and a sentence that says why.
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[channel.RunEvent], error)
+	// Update hands over what the host supplies for one mount of the present run; see Enclave.Update. It fails
+	// with Unavailable while there is none.
+	Update(ctx context.Context, in *channel.UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error)
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(ctx context.Context, in *channel.ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
 	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
@@ -110,6 +114,16 @@ func (c *podClient) Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOp
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Pod_RunClient = grpc.ServerStreamingClient[channel.RunEvent]
 
+func (c *podClient) Update(ctx context.Context, in *channel.UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(channel.UpdateResponse)
+	err := c.cc.Invoke(ctx, Pod_Update_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *podClient) Probe(ctx context.Context, in *channel.ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ProbeResponse)
@@ -157,6 +171,9 @@ type PodServer interface {
 	// has ended before a newer one boots. When the enclave is lost the stream ends with status
 	// Unavailable and a sentence that says why.
 	Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error
+	// Update hands over what the host supplies for one mount of the present run; see Enclave.Update. It fails
+	// with Unavailable while there is none.
+	Update(context.Context, *channel.UpdateRequest) (*channel.UpdateResponse, error)
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error)
 	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
@@ -182,6 +199,9 @@ func (UnimplementedPodServer) Register(context.Context, *RegisterRequest) (*Regi
 }
 func (UnimplementedPodServer) Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error {
 	return status.Error(codes.Unimplemented, "method Run not implemented")
+}
+func (UnimplementedPodServer) Update(context.Context, *channel.UpdateRequest) (*channel.UpdateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Update not implemented")
 }
 func (UnimplementedPodServer) Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Probe not implemented")
@@ -253,6 +273,24 @@ func _Pod_Run_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Pod_RunServer = grpc.ServerStreamingServer[channel.RunEvent]
 
+func _Pod_Update_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(channel.UpdateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PodServer).Update(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Pod_Update_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PodServer).Update(ctx, req.(*channel.UpdateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Pod_Probe_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(channel.ProbeRequest)
 	if err := dec(in); err != nil {
@@ -317,6 +355,10 @@ var Pod_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Register",
 			Handler:    _Pod_Register_Handler,
+		},
+		{
+			MethodName: "Update",
+			Handler:    _Pod_Update_Handler,
 		},
 		{
 			MethodName: "Probe",

@@ -411,7 +411,7 @@ func (p *problems) httpProbe(path *field.Path, c *corev1.Container, get *corev1.
 		p.list = append(p.list, field.NotSupported(path.Child("scheme"), get.Scheme, []corev1.URIScheme{corev1.URISchemeHTTP, corev1.URISchemeHTTPS}))
 	}
 	for _, e := range get.HTTPHeaders {
-		h.Headers = append(h.Headers, workload.EnvVar{Name: e.Name, Value: e.Value})
+		h.Headers = append(h.Headers, workload.Header{Name: e.Name, Value: e.Value})
 	}
 	return &workload.Probe{HTTP: h}
 }

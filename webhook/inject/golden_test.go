@@ -198,7 +198,7 @@ func TestManifest(t *testing.T) {
 		},
 		Probes: &workload.Probes{
 			Startup:   &workload.Probe{Exec: &workload.ExecProbe{Command: []string{"/bin/ready", "--all"}}},
-			Liveness:  &workload.Probe{HTTP: &workload.HTTPProbe{Port: 8080, Path: "/live", Headers: []workload.EnvVar{{Name: "Host", Value: "app"}}}},
+			Liveness:  &workload.Probe{HTTP: &workload.HTTPProbe{Port: 8080, Path: "/live", Headers: []workload.Header{{Name: "Host", Value: "app"}}}},
 			Readiness: &workload.Probe{HTTP: &workload.HTTPProbe{Port: 9090, Scheme: "HTTPS"}},
 		},
 		Mounts: []workload.Mount{

@@ -1,0 +1,157 @@
+package workload
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+)
+
+// MaxHostValues is how much the host may supply in all, names and values of variables and files together,
+// in bytes: eight ConfigMaps or Secrets of the largest size (k8s.io/api/core/v1, MaxSecretSize). It lies
+// in the enclave's memory.
+const MaxHostValues = 8 << 20
+
+// MaxHostFiles is how many files one mount may have.
+const MaxHostFiles = 4096
+
+// refusedEnv are variables that the host cannot supply unless Manifest.HostEnv names them: they make a
+// program load other code, trust other certificates, talk to somebody else or write its keys down. "*" at
+// an end stands for anything. Where case matters to no program that reads them, it does not matter here.
+var refusedEnv = []string{
+	// The dynamic loader and the C library (glibc, sysdeps/generic/unsecvars.h; musl, ldso).
+	"LD_*", "GCONV_PATH", "GETCONF_DIR", "GLIBC_TUNABLES", "HOSTALIASES", "LOCALDOMAIN", "LOCPATH", "MALLOC_TRACE",
+	"NIS_PATH", "NLSPATH", "RES_OPTIONS", "RESOLV_*",
+	// Which programs are run, and what shells read before anything else.
+	"PATH", "HOME", "SHELL", "IFS", "ENV", "BASH_ENV", "BASH_FUNC_*", "BASHOPTS", "SHELLOPTS", "CDPATH", "FPATH", "PS4", "PROMPT_COMMAND", "ZDOTDIR",
+	"LESSOPEN", "LESSCLOSE", "GIT_*",
+	// Languages and their runtimes.
+	"PYTHON*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "PHPRC", "PHP_INI_SCAN_DIR", "LUA_*", "R_ENVIRON*", "R_LIBS*", "R_PROFILE*", "ERL_*", "ELIXIR_ERL_OPTIONS",
+	"NODE_OPTIONS", "NODE_PATH", "NODE_EXTRA_CA_CERTS", "NODE_TLS_REJECT_UNAUTHORIZED", "NODE_REPL_*", "NPM_CONFIG_*", "BUN_*", "DENO_*",
+	"JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "JAVA_OPTS", "JAVA_HOME", "CATALINA_OPTS", "CLASSPATH",
+	"DOTNET_STARTUP_HOOKS", "DOTNET_ADDITIONAL_DEPS", "DOTNET_SHARED_STORE", "CORECLR_*", "COR_*", "GODEBUG",
+	// Whom a program trusts, and where it writes its keys.
+	"SSL_CERT_*", "SSLKEYLOGFILE", "OPENSSL_*", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+	// Whom it talks to.
+	"*_PROXY", "AWS_ENDPOINT_URL*", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+	// Kept for Cloister.
+	"CLOISTER_*",
+}
+
+// RefusedEnv tells whether the host cannot supply a variable of this name unless Manifest.HostEnv names it.
+func RefusedEnv(name string) bool {
+	upper := strings.ToUpper(name)
+	return slices.ContainsFunc(refusedEnv, func(p string) bool {
+		if end, ok := strings.CutPrefix(p, "*"); ok {
+			return strings.HasSuffix(upper, end)
+		}
+		if begin, ok := strings.CutSuffix(p, "*"); ok {
+			return strings.HasPrefix(upper, begin)
+		}
+		return upper == p
+	})
+}
+
+// CheckHostEnv says why the host cannot supply a variable of this name, in a sentence without its value.
+func (m *Manifest) CheckHostEnv(name string) error {
+	switch {
+	case name == "" || strings.ContainsAny(name, "=\x00"):
+		return fmt.Errorf("env name %q must not be empty or contain = or NUL", name)
+	case RefusedEnv(name) && !slices.Contains(m.HostEnv, name):
+		return fmt.Errorf("env %s cannot be supplied by the host, which could change with it what the workload runs or whom it trusts: write its value into the pod, or name it in hostEnv", name)
+	}
+	return nil
+}
+
+// Directories over which nothing of the host is mounted: those of the first list with all that is below,
+// of the second themselves. What names accounts, hosts, libraries and trusted certificates is in the first.
+var (
+	systemTrees = []string{
+		"/bin", "/boot", "/dev", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sbin", "/sys",
+		"/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/libx32", "/usr/sbin",
+		"/usr/local/bin", "/usr/local/include", "/usr/local/lib", "/usr/local/lib64", "/usr/local/libexec", "/usr/local/sbin",
+		"/usr/share/ca-certificates", "/usr/local/share/ca-certificates",
+		"/etc/alternatives", "/etc/bash.bashrc", "/etc/bashrc", "/etc/ca-certificates", "/etc/ca-certificates.conf", "/etc/crypto-policies", "/etc/environment",
+		"/etc/gai.conf", "/etc/gitconfig", "/etc/group", "/etc/gshadow", "/etc/host.conf", "/etc/hostname", "/etc/hosts", "/etc/inputrc",
+		"/etc/mtab", "/etc/nsswitch.conf", "/etc/pam.d", "/etc/passwd", "/etc/pki", "/etc/profile", "/etc/profile.d",
+		"/etc/resolv.conf", "/etc/security", "/etc/shadow", "/etc/shells", "/etc/ssl", "/etc/subgid", "/etc/subuid", "/etc/sudoers", "/etc/sudoers.d",
+	}
+	systemDirs = []string{"/", "/etc", "/home", "/opt", "/root", "/run", "/usr", "/usr/local", "/usr/local/share", "/usr/share", "/var", "/var/lib", "/var/run"}
+)
+
+// checkHostPath says why nothing of the host can be mounted at a clean absolute path.
+func checkHostPath(p string) error {
+	below := func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
+	switch {
+	case slices.Contains(systemDirs, p), slices.ContainsFunc(systemTrees, below), strings.HasPrefix(p, "/etc/ld.so"), strings.HasPrefix(p, "/etc/ld-musl-"):
+		return fmt.Errorf("%s belongs to the system inside the enclave, and the host cannot supply it: mount it at a path of its own, such as /etc/app", p)
+	case slices.ContainsFunc(strings.Split(p, "/"), func(s string) bool { return strings.HasPrefix(s, "..") }):
+		return fmt.Errorf("%s has a part that begins with .., which is kept for updates: choose another", p)
+	}
+	return nil
+}
+
+// validateHost checks what the host supplies: names of variables and paths of mounts.
+func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...string)) {
+	names := map[string]int{}
+	for _, e := range m.Env {
+		names[e.Name]++
+	}
+	for _, e := range m.Env {
+		if e.Name == "" || strings.Contains(e.Name, "=") {
+			bad("env name %q must not be empty or contain =", e.Name)
+		}
+		text("env "+e.Name, e.Name, e.Value)
+		if !e.Host {
+			continue
+		}
+		if e.Value != "" {
+			bad("env %s has a value and is supplied by the host: remove one of them", e.Name)
+		}
+		if names[e.Name] > 1 {
+			bad("env %s is supplied by the host and listed twice: keep one of them", e.Name)
+		}
+		if err := m.CheckHostEnv(e.Name); err != nil {
+			bad("%w", err)
+		}
+	}
+	if !ascending(m.HostEnv) {
+		bad("hostEnv must be in ascending order without duplicates")
+	}
+	for _, name := range m.HostEnv {
+		text("hostEnv", name)
+		if !RefusedEnv(name) {
+			bad("hostEnv %q must be left out: the host may supply it without being named here", name)
+		}
+		if !m.EnvFrom && !slices.Contains(m.Env, EnvVar{Name: name, Host: true}) {
+			bad("hostEnv %q must be left out: the host supplies no variable of this name", name)
+		}
+	}
+	for _, v := range m.Mounts {
+		if v.Kind != MountHost {
+			if v.SubPath != "" {
+				bad("mount %q: subPath is for the kind %q only", v.Path, MountHost)
+			}
+			continue
+		}
+		if err := checkHostPath(v.Path); err != nil {
+			bad("mount: %w", err)
+		}
+		if v.ReadOnly || v.SizeLimit != 0 {
+			bad("mount %q: readOnly and sizeLimit must be left out: what the host supplies is always read-only", v.Path)
+		}
+		if s := v.SubPath; s != "" && (path.IsAbs(s) || path.Clean(s) != s || s == "." || s == ".." || strings.HasPrefix(s, "../")) {
+			bad("mount %q: subPath %q must be relative and clean", v.Path, s)
+		}
+		text("mount subPath", v.SubPath)
+	}
+}
+
+// HostMount returns the mount that the host supplies at path, or nil.
+func (m *Manifest) HostMount(path string) *Mount {
+	i := slices.IndexFunc(m.Mounts, func(v Mount) bool { return v.Kind == MountHost && v.Path == path })
+	if i < 0 {
+		return nil
+	}
+	return &m.Mounts[i]
+}
