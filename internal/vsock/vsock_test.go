@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"regexp"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -236,4 +237,51 @@ func (l *countingListener) Accept() (net.Conn, error) {
 		l.accepted.Add(1)
 	}
 	return c, err
+}
+
+// A stranger's first bytes lead to a port only in the one form, and are never taken for the knowledge of a
+// secret at either end.
+func FuzzStranger(f *testing.F) {
+	f.Add([]byte("CONNECT 80\n"))
+	f.Add([]byte("CONNECT 080\n"))
+	f.Add([]byte("CONNECT +80\n"))
+	f.Add([]byte("CONNECT 4294967376\nx"))
+	f.Add(make([]byte, 2*(nonceSize+proofSize)))
+	secret := NewSecret()
+	f.Fuzz(func(t *testing.T, b []byte) {
+		say := func(hear func(net.Conn)) {
+			stranger, us := net.Pipe()
+			go io.Copy(io.Discard, stranger)
+			go func() {
+				stranger.Write(b)
+				stranger.Close()
+			}()
+			hear(us)
+			us.Close()
+		}
+		g := &hybridGuest{ports: map[uint32]*portListener{}}
+		reached := false
+		l := newPortListener(addr{80}, func() {})
+		l.conns = make(chan net.Conn, 1)
+		g.ports[80] = l
+		say(func(c net.Conn) { g.connect(c) })
+		select {
+		case <-l.conns:
+			reached = true
+		default:
+		}
+		if line, _, _ := bytes.Cut(b, []byte("\n")); reached && !regexp.MustCompile(`^CONNECT 0*80$`).Match(line) {
+			t.Errorf("%q has reached port 80", b)
+		}
+		say(func(c net.Conn) {
+			if secret.proveAcceptor(c, 80) == nil {
+				t.Errorf("%q proves a secret to an acceptor", b)
+			}
+		})
+		say(func(c net.Conn) {
+			if secret.proveDialler(c, 80) == nil {
+				t.Errorf("%q proves a secret to a dialler", b)
+			}
+		})
+	})
 }

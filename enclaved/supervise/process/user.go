@@ -120,13 +120,20 @@ func parseID(s string) (int, error) {
 
 // readAccounts reads the image's accounts; a file that is not there has none.
 func readAccounts(root string) ([]account, []group, error) {
-	var accounts []account
-	var groups []group
-	b, err := readInRoot(root, "etc/passwd")
+	passwd, err := readInRoot(root, "etc/passwd")
 	if err != nil {
 		return nil, nil, err
 	}
-	for line := range strings.Lines(string(b)) {
+	groups, err := readInRoot(root, "etc/group")
+	if err != nil {
+		return nil, nil, err
+	}
+	return parseAccounts(passwd), parseGroups(groups), nil
+}
+
+// parseAccounts reads the lines of /etc/passwd that are well formed.
+func parseAccounts(passwd []byte) (accounts []account) {
+	for line := range strings.Lines(string(passwd)) {
 		f := strings.Split(strings.TrimSuffix(line, "\n"), ":")
 		if len(f) != 7 {
 			continue
@@ -137,10 +144,12 @@ func readAccounts(root string) ([]account, []group, error) {
 			accounts = append(accounts, account{f[0], uid, gid, f[5]})
 		}
 	}
-	if b, err = readInRoot(root, "etc/group"); err != nil {
-		return nil, nil, err
-	}
-	for line := range strings.Lines(string(b)) {
+	return accounts
+}
+
+// parseGroups reads the lines of /etc/group that are well formed.
+func parseGroups(file []byte) (groups []group) {
+	for line := range strings.Lines(string(file)) {
 		f := strings.Split(strings.TrimSuffix(line, "\n"), ":")
 		if len(f) != 4 {
 			continue
@@ -149,7 +158,7 @@ func readAccounts(root string) ([]account, []group, error) {
 			groups = append(groups, group{f[0], gid, strings.Split(f[3], ",")})
 		}
 	}
-	return accounts, groups, nil
+	return groups
 }
 
 // readInRoot reads a regular file of the image, whose links lead nowhere outside. It returns nothing
