@@ -11,7 +11,7 @@ func FuzzOCI(f *testing.F) {
 	d := strings.NewReplacer("DIGEST", `"digest":"`+digest+`"`)
 	for _, seed := range []string{
 		`{"schemaVersion":2,"config":{DIGEST,"size":2},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip",DIGEST,"size":3}]}`,
-		`{"schemaVersion":2,"config":{DIGEST,"size":-1},"layers":[{"mediaType":"text/plain",DIGEST}]}`,
+		`{"schemaVersion":2,"config":{DIGEST,"size":-1},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar",DIGEST}]}`,
 		`{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json",DIGEST,"size":3,"platform":{"os":"linux","architecture":"amd64"}},null]}`,
 		`{"schemaVersion":2,"manifests":[],"layers":[]}`,
 		`{"schemaVersion":2,"manifests":null,"config":null}`,
