@@ -35,6 +35,10 @@ const (
 
 var pods = schema.GroupResource{Resource: "pods"}
 
+// maxValue is more than any enclave reaches. What a host claims beyond has no value: as a number of the API
+// it would wrap around, and one pod could make the sum of all others negative.
+const maxValue = 1e9
+
 // table has all metrics; value reports false where a pod has none.
 var table = []struct {
 	name  string
@@ -45,7 +49,7 @@ var table = []struct {
 	}},
 	{MemoryUtilization, func(o scrape.Observation) (float64, time.Duration, bool) {
 		s := o.Snapshot.Stats
-		if s.GetMemoryTotal() == 0 {
+		if s.GetMemoryTotal() == 0 || s.GetMemoryUsed() > s.GetMemoryTotal() {
 			return 0, 0, false
 		}
 		return 100 * float64(s.GetMemoryUsed()) / float64(s.GetMemoryTotal()), 0, true
@@ -112,7 +116,7 @@ func (p Provider) values(ctx context.Context, info provider.CustomMetricInfo, me
 			if !wanted(o) || !counts(o) {
 				continue
 			}
-			if v, over, ok := m.value(o); ok {
+			if v, over, ok := m.value(o); ok && v >= 0 && v <= maxValue {
 				out = append(out, metricValue(o, m.name, v, over))
 			}
 		}

@@ -127,6 +127,7 @@ func TestLeftOut(t *testing.T) {
 		"not ready":     func(o *observed) { o.Pod.Status.Conditions[0].Status = corev1.ConditionFalse },
 		"no conditions": func(o *observed) { o.Pod.Status.Conditions = nil },
 		"one answer":    func(o *observed) { o.Window, o.Snapshot.Stats.MemoryTotal = 0, 0 },
+		"not possible":  func(o *observed) { o.Requests, o.Snapshot.Stats.MemoryUsed = 1e18, 1<<62 },
 		"being deleted": func(o *observed) {
 			now := metav1.Now()
 			o.Pod.DeletionTimestamp, o.Pod.Finalizers = &now, []string{"x/y"}
