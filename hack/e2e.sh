@@ -12,6 +12,7 @@ use_engine
 use_cluster
 again="read the log, then run the same command again: what is done stays done"
 step "Keycloak on the node" "$again" "$HACK/keycloak.sh" load
+step "LocalStack on the node" "$again" "$HACK/localstack.sh" load
 step "example plugin in the registry" "$again" "$HACK/pathguard.sh" push
 step "images collector, VictoriaLogs, Prometheus, Jaeger" "$again" "$HACK/images.sh" collector victorialogs prometheus jaeger
 . "$OUT/images.env"
@@ -26,6 +27,7 @@ CLOISTER_ROOT=$CACHE/dev-root/root.pem
 CLOISTER_KEY=$CACHE/dev-root/key.pem
 CLOISTER_NGINX_IMAGE=registry.cloister-registry.svc.cluster.local:5000/nginx@$(cat "$OUT/nginx.digest")
 CLOISTER_KEYCLOAK_IMAGE=$(cat "$OUT/keycloak.image")
+CLOISTER_LOCALSTACK_IMAGE=$(cat "$OUT/localstack.image")
 CLOISTER_PATHGUARD_IMAGE=registry.cloister-registry.svc.cluster.local:5000/pathguard@$(cat "$OUT/pathguard.digest")
 CLOISTER_COLLECTOR_IMAGE=$COLLECTOR_IMAGE
 CLOISTER_PROMETHEUS_IMAGE=$PROMETHEUS_IMAGE
