@@ -40,15 +40,16 @@ const (
 	kmsPassword = "correct-horse-battery-staple"
 )
 
-// keyService is a KMS on the cluster's node.
+// keyService is a KMS of the tests.
 type keyService struct {
-	*running
+	*running     // nil for LocalStack, a pod
 	endpoint, ca string
+	addr         string      // where the tests reach it
 	admin        *kms.Client // of the person
 	key          *string
 }
 
-// keyService starts a KMS that believes the development root, with one key that nobody may decrypt with.
+// keyService starts a KMS on the cluster's node that believes the development root, with one key that nobody may decrypt with.
 func (c *cluster) keyService(t *testing.T) *keyService {
 	t.Helper()
 	ip := c.nodeAddr(t)
@@ -67,7 +68,8 @@ func (c *cluster) keyService(t *testing.T) *keyService {
 	var ready string
 	s.running, ready = c.start(t, "kms", "-region", kmsRegion, "-root", dir+"root", "-certificate", dir+"certificate", "-key", dir+"key",
 		"-identity", "AKIDADMIN:admin:"+kmsAdmin, "-identity", "AKIDROLE:"+kmsRoleKey+":"+kmsRole)
-	s.endpoint = "https://" + net.JoinHostPort(ip, strings.TrimPrefix(ready, "ready "))
+	s.addr = net.JoinHostPort(ip, strings.TrimPrefix(ready, "ready "))
+	s.endpoint = "https://" + s.addr
 	s.admin = s.client(t, "AKIDADMIN", "admin")
 	out, err := s.admin.CreateKey(t.Context(), &kms.CreateKeyInput{Policy: aws.String(keyPolicy(t))})
 	if err != nil {
@@ -82,7 +84,12 @@ func (s *keyService) client(t *testing.T, id, key string) *kms.Client {
 	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(s.ca))
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}
+	transport := &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots},
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", s.addr)
+		},
+	}
 	t.Cleanup(transport.CloseIdleConnections)
 	return kms.New(kms.Options{
 		Region: kmsRegion, BaseEndpoint: &s.endpoint, HTTPClient: &http.Client{Transport: transport},
@@ -122,6 +129,31 @@ func (s *keyService) encrypt(t *testing.T, plaintext []byte) string {
 	return base64.StdEncoding.EncodeToString(out.CiphertextBlob)
 }
 
+// kmsIdentity makes the Secret with the credentials of the pods' role.
+func kmsIdentity(t *testing.T, ns *namespace) {
+	t.Helper()
+	if _, err := ns.kube.CoreV1().Secrets(ns.name).Create(t.Context(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "aws"},
+		StringData: map[string]string{"AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": kmsRoleKey},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// kmsPod is a pod of testapp with these settings that has the role's credentials.
+func (c *cluster) kmsPod(t *testing.T, name string, settings map[string]any, args ...string) *corev1.Pod {
+	t.Helper()
+	pod := c.appPod(t, name, args...)
+	enclaveConfig(pod, settings)
+	app := &pod.Spec.Containers[0]
+	for _, variable := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} {
+		app.Env = append(app.Env, corev1.EnvVar{Name: variable, ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{
+			LocalObjectReference: corev1.LocalObjectReference{Name: "aws"}, Key: variable,
+		}}})
+	}
+	return pod
+}
+
 // A secret reaches the environment of the workload, and a certificate of an ordinary CA serves, in the
 // enclave that the key's policy names. Another measurement gets neither, and its pod says why.
 func TestKMS(t *testing.T) {
@@ -129,16 +161,9 @@ func TestKMS(t *testing.T) {
 	ns := c.namespace(t, true)
 	s := c.keyService(t)
 	authority, chain, key := issue(t, "web.example")
-
-	if _, err := c.kube.CoreV1().Secrets(ns.name).Create(t.Context(), &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Name: "aws"},
-		StringData: map[string]string{"AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": kmsRoleKey},
-	}, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	kmsIdentity(t, ns)
 	ciphertext := s.encrypt(t, []byte(kmsPassword))
-	config := string(toYAML(t, map[string]any{
-		"apiVersion": "cloister.dev/v1alpha1", "kind": "EnclaveConfig",
+	config := map[string]any{
 		"kms": map[string]any{"region": kmsRegion, "endpoint": s.endpoint, "ca": s.ca,
 			"certificate": map[string]any{"chain": chain, "key": s.encrypt(t, key), "encryptionContext": kmsContext}},
 		"tls": "kms",
@@ -146,23 +171,14 @@ func TestKMS(t *testing.T) {
 			map[string]any{"name": "password", "ciphertext": ciphertext, "env": "DB_PASSWORD", "encryptionContext": kmsContext},
 			map[string]any{"name": "token", "ciphertext": s.encrypt(t, []byte("a token")), "file": "/run/secrets/token", "encryptionContext": kmsContext},
 		},
-	}))
-	withKMS := func(name string, args ...string) *corev1.Pod {
-		pod := c.appPod(t, name, args...)
-		pod.Annotations["cloister.dev/config"] = config
-		app := &pod.Spec.Containers[0]
-		for _, variable := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} {
-			app.Env = append(app.Env, corev1.EnvVar{Name: variable, ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{
-				LocalObjectReference: corev1.LocalObjectReference{Name: "aws"}, Key: variable,
-			}}})
-		}
-		app.ReadinessProbe = &corev1.Probe{
+	}
+	right, wrong := c.kmsPod(t, "app", config), c.kmsPod(t, "other", config, "serve", "-after", "1ms")
+	for _, pod := range []*corev1.Pod{right, wrong} {
+		pod.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
 			ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/testapp", "exists", "/run/secrets/token"}}},
 			PeriodSeconds: 1, FailureThreshold: 1,
 		}
-		return pod
 	}
-	right, wrong := withKMS("app"), withKMS("other", "serve", "-after", "1ms")
 	set, measured := c.measure(t, right)
 	policy := keyPolicy(t, measured)
 	if _, err := s.admin.PutKeyPolicy(t.Context(), &kms.PutKeyPolicyInput{KeyId: s.key, Policy: &policy}); err != nil {
