@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -101,24 +102,24 @@ func NewExporter(cfg workload.OTLP, host Host) (*Exporter, error) {
 	var life context.Context
 	life, e.cut = context.WithCancel(metadata.NewOutgoingContext(context.Background(), e.pod))
 	e.sending.Go(func() {
-		send(life, e.logs, "logs", func(ctx context.Context, batch []*logs.ResourceLogs) (int64, string, error) {
+		send(life, e.logs, "logs", func(ctx context.Context, batch []*logs.ResourceLogs, server grpc.CallOption) (int64, error) {
 			var res clogs.ExportLogsServiceResponse
-			err := e.conn.Invoke(ctx, methodLogs, &clogs.ExportLogsServiceRequest{ResourceLogs: batch}, &res)
-			return res.GetPartialSuccess().GetRejectedLogRecords(), res.GetPartialSuccess().GetErrorMessage(), err
+			err := e.conn.Invoke(ctx, methodLogs, &clogs.ExportLogsServiceRequest{ResourceLogs: batch}, &res, server)
+			return res.GetPartialSuccess().GetRejectedLogRecords(), err
 		})
 	})
 	e.sending.Go(func() {
-		send(life, e.metrics, "metrics", func(ctx context.Context, batch []*metrics.ResourceMetrics) (int64, string, error) {
+		send(life, e.metrics, "metrics", func(ctx context.Context, batch []*metrics.ResourceMetrics, server grpc.CallOption) (int64, error) {
 			var res cmetrics.ExportMetricsServiceResponse
-			err := e.conn.Invoke(ctx, methodMetrics, &cmetrics.ExportMetricsServiceRequest{ResourceMetrics: batch}, &res)
-			return res.GetPartialSuccess().GetRejectedDataPoints(), res.GetPartialSuccess().GetErrorMessage(), err
+			err := e.conn.Invoke(ctx, methodMetrics, &cmetrics.ExportMetricsServiceRequest{ResourceMetrics: batch}, &res, server)
+			return res.GetPartialSuccess().GetRejectedDataPoints(), err
 		})
 	})
 	e.sending.Go(func() {
-		send(life, e.spans, "traces", func(ctx context.Context, batch []*trace.ResourceSpans) (int64, string, error) {
+		send(life, e.spans, "traces", func(ctx context.Context, batch []*trace.ResourceSpans, server grpc.CallOption) (int64, error) {
 			var res ctrace.ExportTraceServiceResponse
-			err := e.conn.Invoke(ctx, methodTraces, &ctrace.ExportTraceServiceRequest{ResourceSpans: batch}, &res)
-			return res.GetPartialSuccess().GetRejectedSpans(), res.GetPartialSuccess().GetErrorMessage(), err
+			err := e.conn.Invoke(ctx, methodTraces, &ctrace.ExportTraceServiceRequest{ResourceSpans: batch}, &res, server)
+			return res.GetPartialSuccess().GetRejectedSpans(), err
 		})
 	})
 	return e, nil
@@ -153,7 +154,7 @@ func (e *Exporter) Shutdown(ctx context.Context) {
 }
 
 // send empties a queue until it is closed and empty, or ctx ends.
-func send[T proto.Message](ctx context.Context, q *queue[T], signal string, export func(context.Context, []T) (rejected int64, why string, err error)) {
+func send[T proto.Message](ctx context.Context, q *queue[T], signal string, export func(context.Context, []T, grpc.CallOption) (rejected int64, err error)) {
 	down := false
 	for {
 		batch, count := q.take()
@@ -163,12 +164,13 @@ func send[T proto.Message](ctx context.Context, q *queue[T], signal string, expo
 		retry := firstRetry
 		for {
 			call, cancel := context.WithTimeout(ctx, exportTimeout)
-			rejected, why, err := export(call, batch)
+			var server peer.Peer
+			rejected, err := export(call, batch, grpc.Peer(&server))
 			cancel()
 			if err == nil {
 				if rejected > 0 {
 					q.dropped.Add(uint64(rejected))
-					slog.Warn("telemetry was rejected", "signal", signal, "items", rejected, "error", why)
+					slog.Warn("telemetry was rejected", "signal", signal, "items", rejected)
 				}
 				if down {
 					down = false
@@ -178,12 +180,12 @@ func send[T proto.Message](ctx context.Context, q *queue[T], signal string, expo
 			}
 			if ctx.Err() != nil || !temporary(err) {
 				q.dropped.Add(count)
-				slog.Warn("telemetry was refused", "signal", signal, "items", count, "error", err)
+				slog.Warn("telemetry was refused", "signal", signal, "items", count, "error", reason(err, &server))
 				break
 			}
 			if !down {
 				down = true
-				slog.Warn("telemetry cannot be sent, and is kept for a while", "signal", signal, "error", err)
+				slog.Warn("telemetry cannot be sent, and is kept for a while", "signal", signal, "error", reason(err, &server))
 			}
 			select {
 			case <-time.After(retry):
@@ -192,6 +194,15 @@ func send[T proto.Message](ctx context.Context, q *queue[T], signal string, expo
 			retry = min(2*retry, lastRetry)
 		}
 	}
+}
+
+// reason is why an export failed, without the words of a server that was reached: they may quote what it
+// was sent, and the host reads this log.
+func reason(err error, server *peer.Peer) string {
+	if server.AuthInfo == nil {
+		return err.Error()
+	}
+	return status.Code(err).String()
 }
 
 // temporary tells whether a later try may succeed: what the specification calls retryable, and a server

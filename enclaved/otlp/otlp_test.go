@@ -1,6 +1,7 @@
 package otlp_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -9,6 +10,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"math/big"
 	"net"
 	"slices"
@@ -19,7 +21,10 @@ import (
 
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	clogs "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
 	cmetrics "go.opentelemetry.io/proto/slim/otlp/collector/metrics/v1"
@@ -210,6 +215,41 @@ func TestAnotherServer(t *testing.T) {
 	shutdown(t, e, time.Second)
 	if len(c.received) != 0 || e.Dropped().Logs != 1 {
 		t.Errorf("%d arrived, %+v dropped", len(c.received), e.Dropped())
+	}
+}
+
+// What a server says of what it was sent does not get into the log, which the host reads. That it cannot be
+// reached does.
+func TestWordsOfTheServer(t *testing.T) {
+	var log bytes.Buffer
+	before := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+	t.Cleanup(func() { slog.SetDefault(before) })
+	c := newCollector(t)
+	e := c.exporter(t)
+	e.Logs(line("line", 0))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(c.config)), grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
+		return status.Error(codes.InvalidArgument, "not UTF-8: line with a secret")
+	}))
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+	c.mu.Lock()
+	c.addr = l.Addr().String()
+	c.mu.Unlock()
+	shutdown(t, e, 20*time.Second)
+	if e.Dropped().Logs != 1 || !strings.Contains(log.String(), "InvalidArgument") || strings.Contains(log.String(), "secret") {
+		t.Errorf("dropped %+v, logged %s", e.Dropped(), log.String())
+	}
+	log.Reset()
+	e = newCollector(t).exporter(t)
+	e.Logs(line("line", 0))
+	shutdown(t, e, 100*time.Millisecond)
+	if !strings.Contains(log.String(), "away") {
+		t.Errorf("logged %s", log.String())
 	}
 }
 
