@@ -78,15 +78,10 @@ func (u *Unpacker) Close() error { return unix.Close(u.root) }
 // Used returns how much of the limit is taken, in bytes.
 func (u *Unpacker) Used() int64 { return u.used }
 
-// Layer unpacks one layer over those before it, with owners, modes, times, links, FIFOs and
-// file capabilities; other extended attributes are left out. It reads r to its end. Devices, names with
-// ".." and everything else that a layer of a container has no use for are errors, after which the
-// directory must be thrown away.
-func (u *Unpacker) Layer(r io.Reader, c Compression) error {
-	return u.layer(r, c, func(r io.Reader) io.Reader { return r })
-}
-
-// layer is Layer with the uncompressed archive read through a reader of the caller's.
+// layer unpacks one layer over those before it, with owners, modes, times, links, FIFOs and
+// file capabilities; other extended attributes are left out. It reads r to its end, and the uncompressed
+// archive by the reader that through returns. Devices, names with ".." and everything else that a layer of a
+// container has no use for are errors, after which the directory must be thrown away.
 func (u *Unpacker) layer(r io.Reader, c Compression, through func(io.Reader) io.Reader) error {
 	switch c {
 	case Gzip:

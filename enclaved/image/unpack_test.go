@@ -76,6 +76,8 @@ func archive(t testing.TB, members ...member) []byte {
 	return b.Bytes()
 }
 
+func asIs(r io.Reader) io.Reader { return r }
+
 // unpack unpacks layers into a new directory next to an outside directory with a file in it.
 func unpack(t testing.TB, limit int64, layers ...[]byte) (root string, err error) {
 	t.Helper()
@@ -96,7 +98,7 @@ func unpack(t testing.TB, limit int64, layers ...[]byte) (root string, err error
 	}
 	defer u.Close()
 	for _, l := range layers {
-		if err := u.Layer(bytes.NewReader(l), Uncompressed); err != nil {
+		if err := u.layer(bytes.NewReader(l), Uncompressed, asIs); err != nil {
 			return root, err
 		}
 	}
@@ -371,7 +373,7 @@ func TestCompression(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer u.Close()
-			if err := u.Layer(bytes.NewReader(test.layer), test.compression); (err != nil) != test.fails {
+			if err := u.layer(bytes.NewReader(test.layer), test.compression, asIs); (err != nil) != test.fails {
 				t.Errorf("got %v, want failure %v", err, test.fails)
 			}
 		})
