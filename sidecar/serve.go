@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podmetrics"
 	"cloister.dev/cloister/internal/podsock"
@@ -78,6 +79,11 @@ type sidecar struct {
 	mu       sync.Mutex
 	state    *podsock.EnclaveState
 	stopping bool
+
+	askStats sync.Mutex // one question at a time
+	stats    *channel.StatsResponse
+	statsOf  *podsock.EnclaveState // the state that stats belong to
+	statsAt  time.Time
 }
 
 // run serves until ctx ends, and then returns nil, or until a part fails.

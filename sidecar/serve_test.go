@@ -67,6 +67,8 @@ type pod struct {
 	state   *podsock.EnclaveState
 	stats   *channel.StatsResponse // nil: there is no run
 	changed chan struct{}
+	// asked is the number of calls of Stats.
+	asked int
 	// registered are the calls of Register.
 	registered []*podsock.RegisterRequest
 }
@@ -136,6 +138,7 @@ func (p *pod) Watch(_ *podsock.WatchRequest, stream grpc.ServerStreamingServer[p
 func (p *pod) Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.asked++
 	if p.stats == nil {
 		return nil, status.Error(codes.Unavailable, "no workload runs")
 	}
@@ -724,5 +727,38 @@ func TestMetrics(t *testing.T) {
 			}
 			return nil
 		})
+	}
+}
+
+// Strangers that scrape do not keep the enclave busy.
+func TestMetricsAreAskedForSeldom(t *testing.T) {
+	r := start(t)
+	r.pod.mu.Lock()
+	r.pod.stats = &channel.StatsResponse{RequestsTotal: 9}
+	r.pod.mu.Unlock()
+	r.pod.set(phase(enclave(t, r.port, 4, "first"), podsock.EnclaveState_PHASE_RUNNING))
+	eventually(t, func() error {
+		if got, err := r.metrics(); err != nil || got.Stats.GetRequestsTotal() != 9 {
+			return fmt.Errorf("%v, %v", got, err)
+		}
+		return nil
+	})
+	begin := time.Now()
+	var strangers sync.WaitGroup
+	for range 20 {
+		strangers.Go(func() {
+			for range 10 {
+				if got, err := r.metrics(); err != nil || got.Stats.GetRequestsTotal() != 9 {
+					t.Errorf("%v, %v", got, err)
+				}
+			}
+		})
+	}
+	strangers.Wait()
+	most := 2 + int(time.Since(begin)/statsAge)
+	r.pod.mu.Lock()
+	defer r.pod.mu.Unlock()
+	if r.pod.asked > most {
+		t.Errorf("the enclave was asked %d times, want at most %d", r.pod.asked, most)
 	}
 }
