@@ -9,12 +9,13 @@ import (
 	"io"
 	"regexp"
 	"strings"
-	"sync"
 	"time"
 
 	common "go.opentelemetry.io/proto/slim/otlp/common/v1"
 	logs "go.opentelemetry.io/proto/slim/otlp/logs/v1"
 	resource "go.opentelemetry.io/proto/slim/otlp/resource/v1"
+
+	"cloister.dev/cloister/enclaved/otlp"
 )
 
 const (
@@ -59,21 +60,25 @@ type Config struct {
 
 // Plugin is the plugin of one workload.
 type Plugin struct {
-	cfg Config
-
-	mu      sync.Mutex
-	pending []*logs.LogRecord
-	timer   *time.Timer // set while something is pending
+	cfg     Config
+	records otlp.Batch[*logs.LogRecord]
 }
 
 // New returns a plugin that holds nothing yet.
-func New(cfg Config) *Plugin { return &Plugin{cfg: cfg} }
+func New(cfg Config) *Plugin {
+	return &Plugin{cfg: cfg, records: otlp.Batch[*logs.LogRecord]{Size: batch, Delay: delay, Send: func(records []*logs.LogRecord) {
+		cfg.Exporter.Logs(&logs.ResourceLogs{
+			Resource:  cfg.Resource,
+			ScopeLogs: []*logs.ScopeLogs{{Scope: &common.InstrumentationScope{Name: scope}, LogRecords: records}},
+		})
+	}}}
+}
 
 // Start implements plugin.InProcess.
 func (p *Plugin) Start() error { return nil }
 
 // Shutdown implements plugin.InProcess: the exporter gets what is pending.
-func (p *Plugin) Shutdown() { p.flush() }
+func (p *Plugin) Shutdown() { p.records.Flush() }
 
 // Lines returns a writer for one stream of the workload. Console gets what may be seen there, in whole
 // lines with their ends; its errors are Write's. Close hands on a last line without end.
@@ -159,7 +164,7 @@ func (p *Plugin) line(stream string, line []byte) []byte {
 func (p *Plugin) record(stream string, line []byte) []byte {
 	if p.cfg.Exporter != nil {
 		now := uint64(time.Now().UnixNano())
-		p.add(&logs.LogRecord{
+		p.records.Add(&logs.LogRecord{
 			TimeUnixNano: now, ObservedTimeUnixNano: now,
 			Body:       str(strings.ToValidUTF8(strings.TrimSuffix(strings.TrimSuffix(string(line), "\n"), "\r"), "\uFFFD")),
 			Attributes: []*common.KeyValue{{Key: "log.iostream", Value: str(stream)}},
@@ -170,35 +175,4 @@ func (p *Plugin) record(stream string, line []byte) []byte {
 
 func str(s string) *common.AnyValue {
 	return &common.AnyValue{Value: &common.AnyValue_StringValue{StringValue: s}}
-}
-
-func (p *Plugin) add(r *logs.LogRecord) {
-	p.mu.Lock()
-	p.pending = append(p.pending, r)
-	full := len(p.pending) >= batch
-	if p.timer == nil {
-		p.timer = time.AfterFunc(delay, p.flush)
-	}
-	p.mu.Unlock()
-	if full {
-		p.flush()
-	}
-}
-
-func (p *Plugin) flush() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.timer != nil {
-		p.timer.Stop()
-		p.timer = nil
-	}
-	if len(p.pending) == 0 {
-		return
-	}
-	// Under the lock, so that records keep their order. The exporter does not wait.
-	p.cfg.Exporter.Logs(&logs.ResourceLogs{
-		Resource:  p.cfg.Resource,
-		ScopeLogs: []*logs.ScopeLogs{{Scope: &common.InstrumentationScope{Name: scope}, LogRecords: p.pending}},
-	})
-	p.pending = nil
 }

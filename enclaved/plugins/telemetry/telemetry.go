@@ -71,11 +71,10 @@ type Plugin struct {
 	start  uint64 // nanoseconds since 1970
 	intake *otlp.Server
 	active atomic.Int64
+	spans  otlp.Batch[*trace.Span]
 
 	mu        sync.Mutex
 	durations map[series]*histogram
-	spans     []*trace.Span
-	timer     *time.Timer // set while there are spans
 
 	stop    chan struct{}
 	running sync.WaitGroup
@@ -85,6 +84,12 @@ type Plugin struct {
 func New(cfg Config) *Plugin {
 	return &Plugin{
 		cfg: cfg, start: uint64(time.Now().UnixNano()), durations: map[series]*histogram{}, stop: make(chan struct{}),
+		spans: otlp.Batch[*trace.Span]{Size: batch, Delay: delay, Send: func(spans []*trace.Span) {
+			cfg.Exporter.Spans(&trace.ResourceSpans{
+				Resource:   cfg.Resource,
+				ScopeSpans: []*trace.ScopeSpans{{Scope: &common.InstrumentationScope{Name: scope}, Spans: spans}},
+			})
+		}},
 	}
 }
 
@@ -132,7 +137,7 @@ func (p *Plugin) Shutdown() {
 	close(p.stop)
 	p.running.Wait()
 	p.collect()
-	p.flush()
+	p.spans.Flush()
 }
 
 // Observe begins the observation of a request, which it gives its place in a trace. End is called when the
@@ -180,35 +185,10 @@ func (p *Plugin) record(s series, now time.Time, took time.Duration, place trace
 		p.durations[s] = h
 	}
 	h.observe(now, took.Seconds(), place)
-	if span != nil {
-		p.spans = append(p.spans, span)
-		if p.timer == nil {
-			p.timer = time.AfterFunc(delay, p.flush)
-		}
-	}
-	full := len(p.spans) >= batch
 	p.mu.Unlock()
-	if full {
-		p.flush()
+	if span != nil {
+		p.spans.Add(span)
 	}
-}
-
-// flush hands the spans to the exporter.
-func (p *Plugin) flush() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.timer != nil {
-		p.timer.Stop()
-		p.timer = nil
-	}
-	if len(p.spans) == 0 {
-		return
-	}
-	p.cfg.Exporter.Spans(&trace.ResourceSpans{
-		Resource:   p.cfg.Resource,
-		ScopeSpans: []*trace.ScopeSpans{{Scope: &common.InstrumentationScope{Name: scope}, Spans: p.spans}},
-	})
-	p.spans = nil
 }
 
 // collect hands all metrics to the exporter.
