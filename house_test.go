@@ -103,6 +103,27 @@ func TestImports(t *testing.T) {
 	}
 }
 
+// CONTRIBUTING.md says what each folder of a binary, of internal/ and of e2e/ is for.
+func TestTree(t *testing.T) {
+	b, err := os.ReadFile("CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := map[string]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z0-9]+)/` \\| (.*)$").FindAllStringSubmatch(string(b), -1) {
+		rows[m[1]] = m[2]
+	}
+	for _, p := range packages(t) {
+		parts := strings.Split(strings.TrimPrefix(p.ImportPath, module), "/")
+		if len(parts) < 2 || slices.Contains(parts, "testdata") || !slices.Contains(append(binaries, "internal", "e2e"), parts[0]) {
+			continue
+		}
+		if !strings.Contains(rows[parts[0]], "`"+parts[1]+"/`") {
+			t.Errorf("CONTRIBUTING.md does not say what %s/%s is for", parts[0], parts[1])
+		}
+	}
+}
+
 // Each direct requirement of go.mod has one line in docs/dependencies.md that says why, and nothing else
 // has one.
 func TestDependencies(t *testing.T) {
