@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -120,6 +121,28 @@ func TestTree(t *testing.T) {
 		}
 		if !strings.Contains(rows[parts[0]], "`"+parts[1]+"/`") {
 			t.Errorf("CONTRIBUTING.md does not say what %s/%s is for", parts[0], parts[1])
+		}
+	}
+}
+
+// The package comment of e2e lists its tests, one file a promise.
+func TestPromises(t *testing.T) {
+	doc, err := os.ReadFile("e2e/doc.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("e2e/*_test.go")
+	if err != nil || len(files) < 10 {
+		t.Fatalf("only %d files found, %v", len(files), err)
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		promises := regexp.MustCompile(`(?m)^func Test[^(]*\(t \*testing\.T\)`).Match(b)
+		if listed := strings.Contains(string(doc), "\t"+filepath.Base(file)+" "); promises != listed {
+			t.Errorf("%s: it has tests: %t; e2e/doc.go lists it: %t", file, promises, listed)
 		}
 	}
 }
