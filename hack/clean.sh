@@ -1,5 +1,6 @@
 #!/bin/bash
-# `make clean`: no cluster, no dockerd of ours, no network rule. Downloads stay in the cache folder.
+# `make clean`: no cluster, no dockerd of ours, no network rule, kernel settings as they were. Downloads stay in
+# the cache folder.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 export CLUSTER=cloister # with CLUSTER=existing too: only what is ours goes
