@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,12 +27,13 @@ type injection struct {
 	file    string
 	output  string
 	options inject.Options
+	tags
 }
 
 func newInject() *cobra.Command {
 	var i injection
 	cmd := &cobra.Command{
-		Use:   "inject -f FILE|- [-o yaml|patch]",
+		Use:   "inject -f FILE|- [-o yaml|patch] [--pin resolve|never]",
 		Short: "Do offline what the webhook does to a pod",
 		Long: `Reads pods and workloads (Deployment, StatefulSet, DaemonSet, Job, CronJob, ..., and Lists of them) and
 turns each pod template with the annotation cloister.dev/enclave into that of a confidential pod: byte for
@@ -49,7 +51,8 @@ Warnings are on stderr. If one pod is denied, so are all, with every reason on s
 			if err := i.check(); err != nil {
 				return err
 			}
-			return failed(i.run(cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
+			i.options.PlainHTTP = i.plain
+			return failed(i.run(cmd.Context(), i.resolver(), cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
 		},
 	}
 	f := cmd.Flags()
@@ -58,6 +61,7 @@ Warnings are on stderr. If one pod is denied, so are all, with every reason on s
 	f.StringVar(&i.options.Driver, "driver", cmp.Or(os.Getenv("DRIVER"), inject.DriverProcess), "the installation's `DRIVER`")
 	f.StringVar(&i.options.InitbootImage, "initboot-image", os.Getenv("INITBOOT_IMAGE"), "the installation's `INITBOOT_IMAGE`")
 	f.StringVar(&i.options.SidecarImage, "sidecar-image", os.Getenv("SIDECAR_IMAGE"), "the installation's `SIDECAR_IMAGE`")
+	i.add(f, pinResolve)
 	return cmd
 }
 
@@ -75,10 +79,10 @@ func (i *injection) check() error {
 	case i.options.SidecarImage == "":
 		return errors.New("name the image of the sidecar with --sidecar-image: " + where)
 	}
-	return nil
+	return i.tags.check()
 }
 
-func (i *injection) run(stdin io.Reader, stdout, stderr io.Writer) error {
+func (i *injection) run(ctx context.Context, resolve inject.Resolver, stdin io.Reader, stdout, stderr io.Writer) error {
 	text, err := readInput(i.file, stdin)
 	if err != nil {
 		return err
@@ -93,7 +97,7 @@ func (i *injection) run(stdin io.Reader, stdout, stderr io.Writer) error {
 		ops := []inject.Op{}
 		for _, t := range d.Templates {
 			what := fmt.Sprintf("%s: %s %s", i.file, t.Kind, t.Name)
-			more, warnings, errs := inject.Patch(t.Pod, i.options)
+			more, warnings, errs := inject.PatchTagged(ctx, t.Pod, i.options, resolve)
 			for _, e := range errs {
 				denied = true
 				fmt.Fprintf(stderr, "%s: %v\n", what, e)

@@ -1,7 +1,11 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +27,28 @@ const (
 func callInject(t *testing.T, stdin string, args ...string) result {
 	t.Helper()
 	return call(t, stdin, append([]string{"inject", "--initboot-image", initbootImage, "--sidecar-image", sidecarImage}, args...)...)
+}
+
+// resolveTag knows one digest for every tag, except of registries that are dead.
+func resolveTag(_ context.Context, image string) (string, error) {
+	if strings.HasPrefix(image, "dead.example/") {
+		return "", errors.New("its tag cannot be resolved: the registry dead.example does not answer in time")
+	}
+	return image + "@sha256:" + strings.Repeat("cd", 32), nil
+}
+
+var installation = inject.Options{Driver: inject.DriverProcess, InitbootImage: initbootImage, SidecarImage: sidecarImage}
+
+// injectWith injects with resolveTag in place of registries.
+func injectWith(t *testing.T, stdin string, output string) result {
+	t.Helper()
+	var out, errs bytes.Buffer
+	i := injection{file: "-", output: output, options: installation}
+	if err := i.run(t.Context(), resolveTag, strings.NewReader(stdin), &out, &errs); err != nil {
+		fmt.Fprintln(&errs, err)
+		return result{1, out.String(), errs.String()}
+	}
+	return result{0, out.String(), errs.String()}
 }
 
 func read(t *testing.T, file string) string {
@@ -63,7 +89,7 @@ func TestInjectGolden(t *testing.T) {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
 			pod := read(t, input)
-			got := callInject(t, "", "-f", input)
+			got := injectWith(t, pod, outputYAML)
 			if denied, err := os.ReadFile(filepath.Join(dir, "denied.txt")); err == nil {
 				got.want(t, 1, strings.Split(strings.TrimSpace(string(denied)), "\n")...)
 				if got.stdout != "" {
@@ -89,12 +115,12 @@ func TestInjectGolden(t *testing.T) {
 				t.Errorf("-o yaml (-want +got):\n%s", diff)
 			}
 
-			patch := callInject(t, pod, "-f", "-", "-o", "patch").stdout
+			patch := injectWith(t, pod, outputPatch).stdout
 			object, err := yaml.YAMLToJSON([]byte(pod))
 			if err != nil {
 				t.Fatal(err)
 			}
-			ops, _, _ := inject.Patch(object, inject.Options{Driver: inject.DriverProcess, InitbootImage: initbootImage, SidecarImage: sidecarImage})
+			ops, _, _ := inject.PatchTagged(t.Context(), object, installation, resolveTag)
 			if ops == nil {
 				ops = []inject.Op{}
 			}
@@ -107,7 +133,7 @@ func TestInjectGolden(t *testing.T) {
 			}
 
 			list := wrapped(t, pod)
-			injected := callInject(t, list, "-f", "-")
+			injected := injectWith(t, list, outputYAML)
 			injected.want(t, 0, warnings...)
 			var have struct {
 				Items []struct {
@@ -129,8 +155,8 @@ func TestInjectGolden(t *testing.T) {
 				t.Errorf("in a Deployment in a List (-want +got):\n%s", diff)
 			}
 			// The patch is one of the document that it was made from.
-			applied(t, list, callInject(t, list, "-f", "-", "-o", "patch").stdout, injected.stdout)
-			if again := callInject(t, injected.stdout, "-f", "-"); again.code != 0 || again.stdout != injected.stdout || again.stderr != "" {
+			applied(t, list, injectWith(t, list, outputPatch).stdout, injected.stdout)
+			if again := injectWith(t, injected.stdout, outputYAML); again.code != 0 || again.stdout != injected.stdout || again.stderr != "" {
 				t.Errorf("the second pass is not empty: %q\n%s", again.stderr, cmp.Diff(injected.stdout, again.stdout))
 			}
 		})
@@ -194,7 +220,7 @@ func TestInjectDocuments(t *testing.T) {
 		t.Errorf("patches %q", lines)
 	}
 
-	r = callInject(t, deployment+"---\n"+bad, "-f", "-")
+	r = callInject(t, deployment+"---\n"+bad, "-f", "-", "--pin", "never")
 	r.want(t, 1, "-: Pod broken: spec.containers[0].image: Invalid value", "nothing was injected")
 	if r.stdout != "" {
 		t.Errorf("stdout is %q", r.stdout)
@@ -213,6 +239,7 @@ func TestInjectRefuses(t *testing.T) {
 		"driver":       {[]string{"-f", "-", "--driver", "firecracker"}, 2, `there is no driver "firecracker"`},
 		"initboot":     {[]string{"-f", "-", "--initboot-image", ""}, 2, "--initboot-image"},
 		"sidecar":      {[]string{"-f", "-", "--sidecar-image", ""}, 2, "--sidecar-image"},
+		"pin":          {[]string{"-f", "-", "--pin", "always"}, 2, "write resolve or never"},
 		"no YAML":      {[]string{"-f", "-"}, 1, "read YAML document 1"},
 		"no object":    {[]string{"-f", "-"}, 1, "read YAML document 1"},
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -26,16 +27,17 @@ type measure struct {
 	files []string
 	eif   string
 	label string
+	tags
 }
 
 func newMeasure() *cobra.Command {
 	var m measure
 	cmd := &cobra.Command{
-		Use:   "measure -f FILE [-f FILE...] --eif FILE",
+		Use:   "measure -f FILE [-f FILE...] --eif FILE [--pin never|resolve]",
 		Short: "Compute which measurements a confidential pod will show",
 		Long: `Reads pods and workloads (Deployment, StatefulSet, DaemonSet, Job, CronJob, ...) as their author wrote
 them and prints the measurement set that clients hand to "cloister curl --measurements". Nothing is
-read from a cluster. Each pod template with the annotation cloister.dev/enclave gives one entry.
+read from a cluster, and from registries only with --pin resolve. Each pod template with the annotation cloister.dev/enclave gives one entry.
 
 On stderr it says what the host of the enclave can still read and change.`,
 		Example: `  cloister measure -f deployment.yaml --eif base.eif >measurements.json
@@ -48,17 +50,21 @@ On stderr it says what the host of the enclave can still read and change.`,
 			if m.eif == "" {
 				return errors.New("name the enclave image with --eif: a measurement set must pin the code (PCR0, PCR1, PCR2 of that file) as well as the workload (PCR16 of the YAML); the base image is /base.eif in the initboot image, and `make run` leaves it in ~/.cache/cloister/out")
 			}
-			return failed(m.run(cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
+			if err := m.check(); err != nil {
+				return err
+			}
+			return failed(m.run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
 		},
 	}
 	f := cmd.Flags()
 	f.StringArrayVarP(&m.files, "filename", "f", nil, "YAML or JSON `file` with one or more documents; repeatable; - is standard input")
 	f.StringVar(&m.eif, "eif", "", "enclave image `file` that gives PCR0, PCR1 and PCR2")
 	f.StringVar(&m.label, "label", "", "`name` of the entries (default: the image's tag, else the start of PCR16)")
+	m.add(f, pinNever)
 	return cmd
 }
 
-func (m *measure) run(stdin io.Reader, stdout, stderr io.Writer) error {
+func (m *measure) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer) error {
 	code, err := measureEIF(m.eif)
 	if err != nil {
 		return err
@@ -83,7 +89,7 @@ func (m *measure) run(stdin io.Reader, stdout, stderr io.Writer) error {
 			if !annotation.Any(template.Annotations) {
 				continue
 			}
-			manifest, image, warnings, errs := inject.Derive(&template.ObjectMeta, &template.Spec)
+			manifest, image, warnings, errs := inject.DeriveTagged(ctx, &template.ObjectMeta, &template.Spec, m.resolver())
 			if len(errs) > 0 {
 				for _, e := range errs {
 					fmt.Fprintf(stderr, "%s: %v\n", what, e)

@@ -7,6 +7,8 @@ use_cluster
 # kubectl wants every base below or beside the kustomization, by a relative path.
 dir=$OUT/install
 mkdir -p "$dir"
+# Tests run registries of their own on the node.
+node=$(kubectl get nodes -o jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}')
 cat >"$dir/kustomization.yaml" <<YAML
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
@@ -24,6 +26,7 @@ configMapGenerator:
       - DRIVER=process
       - INITBOOT_IMAGE=$INITBOOT_DEV_IMAGE
       - SIDECAR_IMAGE=$SIDECAR_IMAGE
+      - PLAIN_HTTP_REGISTRIES=registry.cloister-registry.svc.cluster.local:5000,$node
 YAML
 kubectl apply -k "$dir"
 kubectl -n cloister-system rollout status deployment/cloister-webhook --timeout=180s

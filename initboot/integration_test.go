@@ -106,7 +106,7 @@ func newPod(t *testing.T) *pod {
 	if p.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
 		t.Fatal(err)
 	}
-	p.initboot = exec.Command(p.bin, "serve", "--eif", p.path("base.eif"), "--run-dir", p.path("run"), "--cache-dir", p.path("cache"), "--dev-keys", dir)
+	p.initboot = exec.Command(p.bin, "serve", "--eif", p.path("base.eif"), "--run-dir", p.path("run"), "--cache-dir", p.path("cache"), "--dev-keys", dir, "--plain-http-registries", "127.0.0.1")
 	p.initboot.Env = []string{podenv.EnvManifest + "=" + string(manifest), podenv.EnvImage + "=" + ref.String(), podenv.EnvMemory + "=268435456"}
 	p.initboot.Stdout, p.initboot.Stderr = p.log, p.log
 	if err := os.Mkdir(p.path("run"), 0o755); err != nil {

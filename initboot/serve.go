@@ -23,6 +23,7 @@ import (
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
+	"cloister.dev/cloister/internal/registry"
 	"cloister.dev/cloister/workload"
 )
 
@@ -35,6 +36,7 @@ func serve(args []string) int {
 	runDir := f.String("run-dir", podenv.RunDir, "`folder` that the pod's containers of Cloister share")
 	cacheDir := f.String("cache-dir", podenv.CacheDir, "`folder` of the image cache")
 	keyDir := f.String("dev-keys", "/etc/cloister/dev", "`folder` of the development NSM's root.pem and key.pem, in builds that have one")
+	plain := f.String("plain-http-registries", "", "`registries`, HOST or HOST:PORT with commas between, that may be reached without TLS")
 	if !parse(f, args, os.Stderr) {
 		return 2
 	}
@@ -52,7 +54,7 @@ func serve(args []string) int {
 	} else {
 		cfg.Invalid = fmt.Errorf("there is no driver %q: --driver must be process", *driverName)
 	}
-	if err := configure(&cfg, *cacheDir, *keyDir); err != nil {
+	if err := configure(&cfg, registry.Client{PlainHTTP: registry.ParseList(*plain)}, *cacheDir, *keyDir); err != nil {
 		cfg.Invalid = errors.Join(cfg.Invalid, err)
 	}
 	machine := boot.New(cfg)
@@ -70,7 +72,7 @@ func serve(args []string) int {
 }
 
 // configure reads what the webhook put into the environment.
-func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
+func configure(cfg *boot.Config, registries registry.Client, cacheDir, keyDir string) (err error) {
 	cfg.Manifest = []byte(os.Getenv(podenv.EnvManifest))
 	if len(cfg.Manifest) == 0 {
 		return errors.New(podenv.EnvManifest + " is not set: it must be the workload manifest")
@@ -88,7 +90,7 @@ func configure(cfg *boot.Config, cacheDir, keyDir string) (err error) {
 			return fmt.Errorf("%s must be a JSON array of image references: %w", podenv.EnvPluginImages, err)
 		}
 	}
-	if cfg.Content, err = content.New(os.Getenv(podenv.EnvImage), plugins, cacheDir, cfg.Memory, cfg.Log); err != nil {
+	if cfg.Content, err = content.New(os.Getenv(podenv.EnvImage), plugins, registries, cacheDir, cfg.Memory, cfg.Log); err != nil {
 		return fmt.Errorf("%s or %s: %w", podenv.EnvImage, podenv.EnvPluginImages, err)
 	}
 	if name := os.Getenv(podenv.EnvPodName); name != "" {

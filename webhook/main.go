@@ -2,7 +2,7 @@
 //
 // It serves admission reviews on port 9443 (TLS) and /metrics, /healthz and /readyz on port 8080. It is
 // configured by flags, whose defaults come from the environment: DRIVER, INITBOOT_IMAGE, SIDECAR_IMAGE,
-// POD_NAMESPACE.
+// POD_NAMESPACE, PLAIN_HTTP_REGISTRIES.
 package main
 
 import (
@@ -32,8 +32,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
 	"cloister.dev/cloister/internal/certs"
+	"cloister.dev/cloister/internal/registry"
 	"cloister.dev/cloister/webhook/admit"
 	"cloister.dev/cloister/webhook/inject"
+	"cloister.dev/cloister/webhook/resolve"
 )
 
 // Names in manifests/base.
@@ -68,9 +70,11 @@ func configure(args []string, env func(string) string) (options inject.Options, 
 	flags.StringVar(&options.InitbootImage, "initboot-image", env("INITBOOT_IMAGE"), "image of initboot and of the console")
 	flags.StringVar(&options.SidecarImage, "sidecar-image", env("SIDECAR_IMAGE"), "image of the sidecar")
 	flags.StringVar(&namespace, "namespace", env("POD_NAMESPACE"), "namespace of the webhook")
+	plain := flags.String("plain-http-registries", env("PLAIN_HTTP_REGISTRIES"), "registries, HOST or HOST:PORT with commas between, that may be reached without TLS")
 	if err := flags.Parse(args); err != nil {
 		return options, "", err
 	}
+	options.PlainHTTP = registry.ParseList(*plain)
 	switch options.Driver {
 	case inject.DriverProcess:
 	case "nitro", "qemu":
@@ -118,7 +122,7 @@ func run(ctx context.Context, log *slog.Logger, options inject.Options, namespac
 		}),
 	)
 
-	admission := server(admitMux(admit.New(options, log, reg)))
+	admission := server(admitMux(admit.New(options, resolve.New(options.PlainHTTP, log).Resolve, log, reg)))
 	plain := server(plainMux(source, reg))
 	tlsListener, err := tls.Listen("tcp", ":9443", tlsConfig(source))
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -19,11 +20,13 @@ import (
 func TestConfigure(t *testing.T) {
 	full := map[string]string{"DRIVER": "process", "INITBOOT_IMAGE": "i", "SIDECAR_IMAGE": "s", "POD_NAMESPACE": "n"}
 	for name, tc := range map[string]struct {
-		env  map[string]string
-		args []string
-		want string // part of the error
+		env   map[string]string
+		args  []string
+		plain []string // registries
+		want  string   // part of the error
 	}{
 		"environment":    {env: full},
+		"plain HTTP":     {env: map[string]string{"DRIVER": "process", "INITBOOT_IMAGE": "i", "SIDECAR_IMAGE": "s", "POD_NAMESPACE": "n", "PLAIN_HTTP_REGISTRIES": "a:5000,b"}, plain: []string{"a:5000", "b"}},
 		"flag wins":      {env: full, args: []string{"-driver=nitro"}, want: "driver nitro is not built yet"},
 		"qemu":           {env: map[string]string{"DRIVER": "qemu"}, want: "driver qemu is not built yet"},
 		"unknown driver": {env: map[string]string{"DRIVER": "proces"}, want: `there is no driver "proces"`},
@@ -33,7 +36,7 @@ func TestConfigure(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			options, namespace, err := configure(tc.args, func(k string) string { return tc.env[k] })
 			switch {
-			case tc.want == "" && (err != nil || namespace != "n" || options != inject.Options{Driver: "process", InitbootImage: "i", SidecarImage: "s"}):
+			case tc.want == "" && (err != nil || namespace != "n" || !reflect.DeepEqual(options, inject.Options{Driver: "process", InitbootImage: "i", SidecarImage: "s", PlainHTTP: tc.plain})):
 				t.Errorf("options %+v, namespace %q, error %v", options, namespace, err)
 			case tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)):
 				t.Errorf("error %v, want %q", err, tc.want)
@@ -44,7 +47,7 @@ func TestConfigure(t *testing.T) {
 
 func TestEndpoints(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	h := admit.New(inject.Options{}, slog.New(slog.DiscardHandler), reg)
+	h := admit.New(inject.Options{}, nil, slog.New(slog.DiscardHandler), reg)
 	source := &certs.Source{Now: time.Now}
 	for name, tc := range map[string]struct {
 		handler http.Handler

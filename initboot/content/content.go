@@ -8,11 +8,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -22,6 +20,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sync/singleflight"
+
+	"cloister.dev/cloister/internal/registry"
 )
 
 const (
@@ -34,6 +34,7 @@ const (
 
 // Server serves images by digest, each from the repository that it is known to lie in. It is an http.Handler.
 type Server struct {
+	registries registry.Client
 	repository name.Repository
 	memory     int64
 	cache      cache
@@ -52,13 +53,14 @@ type Server struct {
 }
 
 // New returns a server of the repository of image, a reference with a digest, and of the images more,
-// which may lie elsewhere. Dir is the cache's folder, memory the size of the enclave in bytes. The caller must Close the server.
-func New(image string, more []string, dir string, memory int64, log *slog.Logger) (*Server, error) {
-	ref, err := parse(image)
+// which may lie elsewhere, both reached by way of registries. Dir is the cache's folder, memory the size of the enclave in bytes. The caller must Close the server.
+func New(image string, more []string, registries registry.Client, dir string, memory int64, log *slog.Logger) (*Server, error) {
+	ref, err := registries.ParseDigest(image)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
+		registries: registries,
 		repository: ref.Context(),
 		memory:     memory,
 		cache:      cache{dir},
@@ -68,7 +70,7 @@ func New(image string, more []string, dir string, memory int64, log *slog.Logger
 		places:     map[v1.Hash]name.Repository{},
 	}
 	for _, image := range more {
-		ref, err := parse(image)
+		ref, err := registries.ParseDigest(image)
 		if err != nil {
 			return nil, err
 		}
@@ -83,23 +85,6 @@ func New(image string, more []string, dir string, memory int64, log *slog.Logger
 	s.mux.HandleFunc("GET /manifests/{digest}", s.handle(s.manifest))
 	s.mux.HandleFunc("GET /blobs/{digest}", s.handle(s.blob))
 	return s, nil
-}
-
-// parse reads an image reference. Names that only a cluster or this machine resolves are tried over
-// plain HTTP too.
-func parse(image string) (name.Digest, error) {
-	ref, err := name.NewDigest(image)
-	if err != nil {
-		return name.Digest{}, fmt.Errorf("the image %q must be a reference with a digest (NAME@sha256:…): %w", image, err)
-	}
-	host := ref.Context().RegistryStr()
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	if strings.HasSuffix(host, ".local") {
-		return name.NewDigest(image, name.Insecure)
-	}
-	return ref, nil
 }
 
 // Close ends the downloads that are under way.
@@ -257,7 +242,7 @@ func (s *Server) blob(digest v1.Hash) (string, int64, io.ReadCloser, error) {
 }
 
 func (s *Server) options(ctx context.Context) []remote.Option {
-	return []remote.Option{remote.WithContext(ctx), remote.WithUserAgent("cloister")}
+	return []remote.Option{remote.WithContext(ctx), remote.WithUserAgent("cloister"), remote.WithTransport(s.registries.RoundTripper())}
 }
 
 // file opens the cached file of digest, and fetches it first when the cache does not have it, once for

@@ -33,15 +33,17 @@ const (
 // like any other.
 type Handler struct {
 	options    inject.Options
+	resolve    inject.Resolver
 	log        *slog.Logger
 	injections *prometheus.CounterVec
 	seconds    prometheus.Histogram
 }
 
-// New returns a Handler whose metrics are registered with reg.
-func New(options inject.Options, log *slog.Logger, reg prometheus.Registerer) *Handler {
+// New returns a Handler whose metrics are registered with reg. Resolve finds the digests of tags.
+func New(options inject.Options, resolve inject.Resolver, log *slog.Logger, reg prometheus.Registerer) *Handler {
 	h := &Handler{
 		options: options,
+		resolve: resolve,
 		log:     log,
 		injections: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "injections_total",
@@ -59,9 +61,9 @@ func New(options inject.Options, log *slog.Logger, reg prometheus.Registerer) *H
 
 // Handle decides about one pod. A denial has code 403, reason Invalid, all sentences in its message, and
 // each as a cause of its own.
-func (h *Handler) Handle(_ context.Context, req admission.Request) admission.Response {
+func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.Response {
 	start := time.Now()
-	ops, warnings, errs := inject.Patch(req.Object.Raw, h.options)
+	ops, warnings, errs := inject.PatchTagged(ctx, req.Object.Raw, h.options, h.resolve)
 	h.seconds.Observe(time.Since(start).Seconds())
 	// The pod's own namespace is empty when it comes from a template.
 	log := h.log.With("namespace", req.Namespace, "pod", req.Name, "uid", string(req.UID), "dryRun", req.DryRun != nil && *req.DryRun)

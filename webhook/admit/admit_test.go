@@ -56,7 +56,7 @@ func pod(t testing.TB, name string) []byte {
 func TestHandle(t *testing.T) {
 	var logged bytes.Buffer
 	reg := prometheus.NewRegistry()
-	h := New(options, slog.New(slog.NewJSONHandler(&logged, nil)), reg)
+	h := New(options, nil, slog.New(slog.NewJSONHandler(&logged, nil)), reg)
 
 	skipped := review(t, h, pod(t, "no-annotation-of-ours"))
 	if !skipped.Allowed || skipped.Patch != nil || len(skipped.Warnings) > 0 || skipped.AuditAnnotations["result"] != "skipped" {
@@ -113,7 +113,7 @@ func TestHandle(t *testing.T) {
 
 // TestGarbage: what is not a pod is refused, whatever it is.
 func TestGarbage(t *testing.T) {
-	h := New(options, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	h := New(options, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	for _, object := range []string{`[]`, `"x"`, `{"metadata":{"annotations":{"cloister.dev/enclave":5}}}`, `{"metadata":{"annotations":{"cloister.dev/enclave":"a"}},"spec":{"containers":{}}}`} {
 		if r := review(t, h, []byte(object)); r.Allowed {
 			t.Errorf("%s was allowed", object)
@@ -122,7 +122,7 @@ func TestGarbage(t *testing.T) {
 }
 
 func BenchmarkHandle(b *testing.B) {
-	h := New(options, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	h := New(options, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	for _, name := range []string{"deployment-completed-by-the-api-server", "no-annotation-of-ours"} {
 		input := pod(b, name)
 		b.Run(name, func(b *testing.B) {

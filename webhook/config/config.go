@@ -51,7 +51,12 @@ type EnclaveConfig struct {
 	KMS     *workload.KMS
 	// TLS is workload.TLSKMS, or empty for a certificate that is made in the enclave.
 	TLS string
+	// Pin is PinNever, or empty for tags that are resolved at admission. It is no part of the manifest.
+	Pin string
 }
+
+// PinNever refuses an image that is not named by digest.
+const PinNever = "never"
 
 // Port says how one containerPort is served. It has either a number or a name.
 type Port struct {
@@ -118,10 +123,12 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			c.KMS = r.kms(p, raw)
 		case key == "tls":
 			c.TLS = r.tls(p, raw)
+		case key == "pin":
+			c.Pin = r.pin(p, raw)
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "kms", "logs", "plugins", "secrets", "tls"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "kms", "logs", "pin", "plugins", "secrets", "tls"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}
@@ -244,6 +251,18 @@ func (r *reader) logs(p *field.Path, raw json.RawMessage) string {
 		r.errs = append(r.errs, field.NotSupported(p, logs, []string{"stdout", workload.LogsOTLP}))
 	}
 	return logs
+}
+
+// pin reads "resolve" (the default, which is left out) or "never".
+func (r *reader) pin(p *field.Path, raw json.RawMessage) string {
+	var pin string
+	switch {
+	case !r.value(p, raw, &pin, "resolve or never") || pin == "resolve":
+		return ""
+	case pin != PinNever:
+		r.errs = append(r.errs, field.NotSupported(p, pin, []string{"resolve", PinNever}))
+	}
+	return pin
 }
 
 // egress reads a list of host:port in any order and case.

@@ -30,7 +30,7 @@ func TestParse(t *testing.T) {
 		"wrong apiVersion":     {doc: "apiVersion: v1\nkind: EnclaveConfig", errs: `supported values: "cloister.dev/v1alpha1"`},
 		"misspelt":             {doc: head + "memmory: 1Gi", errs: `did you mean "memory"?`},
 		"other case":           {doc: head + "Memory: 1Gi", errs: `config.Memory: Forbidden: there is no such field, did you mean "memory"?`},
-		"far from all":         {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, kms, logs, plugins, secrets, tls, debug"},
+		"far from all":         {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, kms, logs, pin, plugins, secrets, tls, debug"},
 		"not built":            {doc: head + "eif: x", errs: "config.eif: Forbidden: this setting is not built yet"},
 		"egress":               {doc: head + "egress: ['b.example:443', 'A.example:443', '10.0.0.1:80', '[2001:DB8::1]:80']", want: &EnclaveConfig{Egress: []string{"10.0.0.1:80", "[2001:db8::1]:80", "a.example:443", "b.example:443"}}},
 		"no egress":            {doc: head + "egress: []", want: &EnclaveConfig{}},

@@ -78,7 +78,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 		WorkingDir: c.WorkingDir,
 	}
 	d.manifest, d.image = m, c.Image
-	m.Image.Digest = p.digest(cp.Child("image"), c.Image)
+	m.Image.Digest = p.digest(cp.Child("image"), c.Image, d.config.Pin == config.PinNever)
 	if arch, ok := spec.NodeSelector[corev1.LabelArchStable]; ok && "linux/"+arch != workload.DefaultPlatform {
 		m.Image.Platform = "linux/" + arch
 	}
@@ -162,16 +162,6 @@ func (p *problems) find(spec *corev1.PodSpec, name string) int {
 }
 
 var imageRE = regexp.MustCompile(`^[^@\s]+@(sha256:[0-9a-f]{64})$`)
-
-// digest returns the digest that an image reference names.
-func (p *problems) digest(path *field.Path, image string) string {
-	if m := imageRE.FindStringSubmatch(image); m != nil {
-		return m[1]
-	}
-	p.list = append(p.list, field.Invalid(path, image,
-		"the enclave must know which image it runs: name it by digest, as in registry/name@sha256:…; resolving a tag (`cloister pin`) is not built yet"))
-	return ""
-}
 
 // cloudEnv tells whether an identity webhook of the cloud adds this variable. It is no part of the
 // manifest, which would else differ from cluster to cluster, and it stays on the console.

@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -72,6 +73,14 @@ func sentences(errs field.ErrorList) string {
 	return b.String()
 }
 
+// resolveTag knows one digest for every tag, except of registries that are dead.
+func resolveTag(_ context.Context, image string) (string, error) {
+	if strings.HasPrefix(image, "dead.example/") {
+		return "", errors.New("its tag cannot be resolved: the registry dead.example does not answer in time")
+	}
+	return image + "@sha256:" + strings.Repeat("cd", 32), nil
+}
+
 // TestGolden runs each testdata/<case>/input.yaml, a pod, through a first pass. A pod that is denied has
 // its reasons in denied.txt, the others their warnings and the whole pod in want.yaml.
 func TestGolden(t *testing.T) {
@@ -83,7 +92,7 @@ func TestGolden(t *testing.T) {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
 			pod := readPod(t, input)
-			ops, warnings, errs := Patch(pod, testOptions)
+			ops, warnings, errs := PatchTagged(t.Context(), pod, testOptions, resolveTag)
 			if len(errs) > 0 {
 				golden(t, dir, "denied.txt", "want.yaml", sentences(errs))
 				return

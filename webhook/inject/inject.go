@@ -24,6 +24,8 @@ type Options struct {
 	InitbootImage string
 	// SidecarImage is the image of cloister-sidecar.
 	SidecarImage string
+	// PlainHTTP lists the registries, HOST or HOST:PORT, from which initboot may fetch without TLS.
+	PlainHTTP []string
 }
 
 // Names of the containers that are added, in this order, before the pod's own init containers.

@@ -79,10 +79,14 @@ func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$")
 // initboot renders the first native sidecar, without resources.
 func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory int64) corev1.Container {
 	always, no, yes, root := corev1.ContainerRestartPolicyAlways, false, true, int64(0)
+	command := []string{"/initboot", "serve", "--driver=" + opts.Driver}
+	if len(opts.PlainHTTP) > 0 {
+		command = append(command, "--plain-http-registries="+strings.Join(opts.PlainHTTP, ","))
+	}
 	return corev1.Container{
 		Name:    Initboot,
 		Image:   opts.InitbootImage,
-		Command: []string{"/initboot", "serve", "--driver=" + opts.Driver},
+		Command: command,
 		Env: slices.Concat([]corev1.EnvVar{
 			{Name: podenv.EnvManifest, Value: escape(string(canonical))},
 			{Name: podenv.EnvImage, Value: escape(image)},
