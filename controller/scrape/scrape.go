@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"strconv"
@@ -35,6 +36,8 @@ const (
 
 	timeout     = 3 * time.Second
 	concurrency = 32
+	// quick is far more than a sidecar takes to answer.
+	quick = 500 * time.Millisecond
 )
 
 // Observation is what is known of one pod.
@@ -66,6 +69,7 @@ type Scraper struct {
 
 	mu      sync.Mutex
 	samples map[types.UID][]sample // oldest first
+	slow    map[types.UID]bool     // gave no answer within quick, the last time
 	rounds  int
 	round   chan struct{} // closed and replaced after every round
 }
@@ -73,7 +77,7 @@ type Scraper struct {
 // New returns a scraper of the pods in a cache.
 func New(pods client.Reader, log *slog.Logger, reg prometheus.Registerer) *Scraper {
 	s := &Scraper{
-		pods: pods, fetch: fetch, log: log, samples: map[types.UID][]sample{}, round: make(chan struct{}),
+		pods: pods, fetch: fetch, log: log, samples: map[types.UID][]sample{}, slow: map[types.UID]bool{}, round: make(chan struct{}),
 		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "cloister_controller_scrapes_total",
 			Help: "Questions to sidecars, by result: ok or failed.",
@@ -119,33 +123,35 @@ func (s *Scraper) Warm() error {
 	return nil
 }
 
-// scrape is one round.
+// scrape is one round. Pods that gave no quick answer the last time come after the others, as many as there
+// is time for until the next round: whoever may create pods can make many that keep us waiting, and those
+// must not make the answers of all others old.
 func (s *Scraper) scrape(ctx context.Context) error {
+	began := time.Now()
 	pods, err := s.list(ctx)
 	if err != nil {
 		return err
 	}
-	var group errgroup.Group
-	group.SetLimit(concurrency)
 	alive := map[types.UID]bool{}
+	var first, slow []*corev1.Pod
+	s.mu.Lock()
 	for _, pod := range pods {
 		alive[pod.UID] = true
-		if !Serving(pod) {
-			continue
+		switch {
+		case !Serving(pod):
+		case s.slow[pod.UID]:
+			slow = append(slow, pod)
+		default:
+			first = append(first, pod)
 		}
-		group.Go(func() error {
-			snapshot, err := s.fetch(ctx, pod)
-			if err != nil {
-				s.scrapes.WithLabelValues("failed").Inc()
-				s.log.Debug("scrape sidecar", "namespace", pod.Namespace, "pod", pod.Name, "error", err.Error())
-				return nil
-			}
-			s.scrapes.WithLabelValues("ok").Inc()
-			s.add(pod.UID, sample{time.Now(), snapshot})
-			return nil
-		})
 	}
-	group.Wait()
+	s.mu.Unlock()
+	s.ask(ctx, first)
+	rand.Shuffle(len(slow), func(i, j int) { slow[i], slow[j] = slow[j], slow[i] })
+	late, cancel := context.WithTimeout(ctx, max(Period-time.Since(began), timeout))
+	defer cancel()
+	s.ask(late, slow)
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for uid := range s.samples {
@@ -153,10 +159,46 @@ func (s *Scraper) scrape(ctx context.Context) error {
 			delete(s.samples, uid)
 		}
 	}
+	for uid := range s.slow {
+		if !alive[uid] {
+			delete(s.slow, uid)
+		}
+	}
 	s.rounds++
 	close(s.round)
 	s.round = make(chan struct{})
 	return nil
+}
+
+// ask asks pods, a few at a time, until ctx ends.
+func (s *Scraper) ask(ctx context.Context, pods []*corev1.Pod) {
+	var group errgroup.Group
+	group.SetLimit(concurrency)
+	for _, pod := range pods {
+		group.Go(func() error {
+			if ctx.Err() != nil {
+				return nil
+			}
+			asked := time.Now()
+			snapshot, err := s.fetch(ctx, pod)
+			if err == nil {
+				s.scrapes.WithLabelValues("ok").Inc()
+				s.add(pod.UID, sample{time.Now(), snapshot})
+			} else {
+				s.scrapes.WithLabelValues("failed").Inc()
+				s.log.Debug("scrape sidecar", "namespace", pod.Namespace, "pod", pod.Name, "error", err.Error())
+			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if err != nil || time.Since(asked) > quick {
+				s.slow[pod.UID] = true
+			} else {
+				delete(s.slow, pod.UID)
+			}
+			return nil
+		})
+	}
+	group.Wait()
 }
 
 func (s *Scraper) list(ctx context.Context, opts ...client.ListOption) ([]*corev1.Pod, error) {

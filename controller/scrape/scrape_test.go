@@ -3,11 +3,13 @@ package scrape
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -226,6 +228,52 @@ func TestManyPods(t *testing.T) {
 		}
 		if len(s.samples) != 0 {
 			t.Errorf("answers of %d pods that are gone", len(s.samples))
+		}
+	})
+}
+
+// Pods that keep the scraper waiting do not make the answers of others old, and are asked again.
+func TestSlowPods(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pods := []client.Object{makePod("good")}
+		for i := range 10 * concurrency {
+			pods = append(pods, makePod(fmt.Sprintf("bad-%03d", i)))
+		}
+		var waiting atomic.Bool
+		waiting.Store(true)
+		s := newScraper(nil, pods...)
+		s.fetch = func(ctx context.Context, pod *corev1.Pod) (podmetrics.Snapshot, error) {
+			if pod.Name != "good" && waiting.Load() {
+				select {
+				case <-time.After(timeout - time.Second):
+				case <-ctx.Done():
+				}
+				if strings.HasSuffix(pod.Name, "0") || ctx.Err() != nil { // the others do answer
+					return podmetrics.Snapshot{}, errors.New("silent")
+				}
+			}
+			return running(1, 0), nil
+		}
+		round := func() time.Duration {
+			began := time.Now()
+			if err := s.scrape(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return time.Since(began)
+		}
+		round() // they are not known yet
+		for range 3 {
+			if took := round(); took > Period {
+				t.Errorf("a round took %s", took)
+			}
+			if last := s.samples["good"]; time.Since(last[len(last)-1].at) > Period {
+				t.Errorf("the answer of the good pod is %s old", time.Since(last[len(last)-1].at))
+			}
+		}
+		waiting.Store(false)
+		round()
+		if len(s.slow) != 0 || len(s.samples) != len(pods) {
+			t.Errorf("%d pods are slow, %d of %d have answered", len(s.slow), len(s.samples), len(pods))
 		}
 	})
 }
