@@ -31,7 +31,7 @@ func pluginWarnings(m *workload.Manifest) []string {
 	var out []string
 	for _, p := range m.Plugins {
 		if p.Type == workload.PluginAuthentication && !p.Required {
-			out = append(out, fmt.Sprintf("plugin %s is not required: while it is down requests pass unchecked", p.Name))
+			out = append(out, fmt.Sprintf("plugin %s is not required: while it is down requests pass unchecked, and the host can bring that about", p.Name))
 		}
 	}
 	return out
