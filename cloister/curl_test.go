@@ -372,7 +372,7 @@ DEVELOPMENT, not a real enclave
 	if !strings.HasPrefix(r.stderr, want) {
 		t.Errorf("stderr is\n%s\nand should begin with\n%s", r.stderr, want)
 	}
-	r.want(t, 0, "document  use     \"cloister/1 tls-server\"", "document  PCR3    a3a3", "the host can read: stdout and stderr", "the host can read: who connects", "the host can change: ",
+	r.want(t, 0, "document  use     \"cloister/1 tls-server\"", "document  PCR3    a3a3", "the host can read: stdout, stderr and termination message", "the host can read: who connects", "the host can change: ",
 		"> GET / HTTP/2.0\r\n", "> User-Agent: cloister\r\n", "< HTTP/2.0 200 OK\r\n", "< X-Test: yes\r\n")
 	if !strings.HasPrefix(r.stdout, "HTTP/2.0 200 OK\r\n") || !strings.Contains(r.stdout, "\r\n\r\nHTTP/2.0 GET") {
 		t.Errorf("stdout is %q", r.stdout)

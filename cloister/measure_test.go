@@ -111,7 +111,7 @@ func TestMeasure(t *testing.T) {
 		stderr []string
 	}{
 		"tag is the label": {files: []string{deployment}, stdout: sets(line("1.4.0", deploymentManifest)),
-			stderr: []string{"Deployment web: measured as 1.4.0\n  the host can read: stdout and stderr"}},
+			stderr: []string{"Deployment web: measured as 1.4.0\n  the host can read: stdout, stderr and termination message"}},
 		"start of PCR16 is the label": {files: []string{job}, stdout: sets(line(pcr16(jobManifest)[:12], jobManifest))},
 		"label":                       {files: []string{deployment}, args: []string{"--label", "canary"}, stdout: sets(line("canary", deploymentManifest))},
 		"documents":                   {files: []string{both}, stdout: sets(line("1.4.0", deploymentManifest), line(pcr16(jobManifest)[:12], jobManifest))},

@@ -25,6 +25,8 @@ import (
 func runConsole(args []string) int {
 	f := flags("console")
 	grace := f.Duration("grace-period", 30*time.Second, "the pod's terminationGracePeriodSeconds")
+	startup := f.Duration("startup-grace-period", 0, "the startup probe's terminationGracePeriodSeconds, if it has one")
+	liveness := f.Duration("liveness-grace-period", 0, "the liveness probe's, if it has one")
 	socket := f.String("socket", podsock.Path, "initboot's `socket`")
 	listen := f.String("listen", fmt.Sprintf(":%d", podenv.ConsolePort), "`address` of the probe server")
 	messages := f.String("termination-log", "/dev/termination-log", "`file` for the termination message")
@@ -34,26 +36,29 @@ func runConsole(args []string) int {
 	stop, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	defer cancel()
 
-	code, message := func() (int, string) {
+	code, last := func() (int, console.LastWord) {
 		conn, err := podsock.Dial(*socket)
 		if err != nil {
-			return console.ExitLost, fmt.Sprintf("cannot use initboot's socket %s: %v", *socket, err)
+			return console.ExitLost, console.LastWord{Message: fmt.Sprintf("cannot use initboot's socket %s: %v", *socket, err)}
 		}
 		defer conn.Close()
-		c := &console.Console{Pod: podsock.NewPodClient(conn), Stdout: os.Stdout, Stderr: os.Stderr, Grace: *grace}
+		c := &console.Console{Pod: podsock.NewPodClient(conn), Stdout: os.Stdout, Stderr: os.Stderr, Grace: *grace, ProbeGrace: map[channel.ProbeKind]time.Duration{}}
+		for kind, d := range map[channel.ProbeKind]time.Duration{channel.ProbeKind_PROBE_KIND_STARTUP: *startup, channel.ProbeKind_PROBE_KIND_LIVENESS: *liveness} {
+			if d > 0 {
+				c.ProbeGrace[kind] = d
+			}
+		}
 		l, err := net.Listen("tcp", *listen)
 		if err != nil {
-			return console.ExitLost, fmt.Sprintf("cannot answer probes: %v", err)
+			return console.ExitLost, console.LastWord{Message: fmt.Sprintf("cannot answer probes: %v", err)}
 		}
 		server := &http.Server{Handler: c.Handler(), ReadHeaderTimeout: 10 * time.Second}
 		go server.Serve(l)
 		defer server.Close()
 		return c.Run(stop)
 	}()
-	if message != "" {
-		if err := console.WriteMessage(*messages, message); err != nil {
-			slog.Error("write termination message", "message", message, "error", err)
-		}
+	if err := last.Write(*messages); err != nil {
+		slog.Error("write termination message", "message", last.Message, "error", err)
 	}
 	return code
 }

@@ -89,8 +89,8 @@ func newPod(t *testing.T) *pod {
 		Env:        []workload.EnvVar{{Name: "GREETING", Value: "ahoy"}},
 		Ports:      []workload.Port{{Port: 80}},
 		Probes: &workload.Probes{
-			Startup:   &workload.Probe{HTTP: &workload.HTTPProbe{Port: 80}},
-			Readiness: &workload.Probe{HTTP: &workload.HTTPProbe{Port: 80, Path: "/nothing"}},
+			Startup:   &workload.Probe{HTTP: &workload.HTTPGet{Port: 80}},
+			Readiness: &workload.Probe{HTTP: &workload.HTTPGet{Port: 80, Path: "/nothing"}},
 		},
 	}
 	manifest, err := m.Canonical()

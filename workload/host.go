@@ -2,7 +2,6 @@ package workload
 
 import (
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 )
@@ -129,9 +128,6 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 	}
 	for _, v := range m.Mounts {
 		if v.Kind != MountHost {
-			if v.SubPath != "" {
-				bad("mount %q: subPath is for the kind %q only", v.Path, MountHost)
-			}
 			continue
 		}
 		if err := checkHostPath(v.Path); err != nil {
@@ -140,10 +136,6 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 		if v.ReadOnly || v.SizeLimit != 0 {
 			bad("mount %q: readOnly and sizeLimit must be left out: what the host supplies is always read-only", v.Path)
 		}
-		if s := v.SubPath; s != "" && (path.IsAbs(s) || path.Clean(s) != s || s == "." || s == ".." || strings.HasPrefix(s, "../")) {
-			bad("mount %q: subPath %q must be relative and clean", v.Path, s)
-		}
-		text("mount subPath", v.SubPath)
 	}
 }
 

@@ -42,7 +42,14 @@ type Manifest struct {
 	Security   *Security `json:"security,omitempty"`
 	Ports      []Port    `json:"ports,omitempty"`
 	Probes     *Probes   `json:"probes,omitempty"`
-	Mounts     []Mount   `json:"mounts,omitempty"`
+	// Lifecycle is what is run beside the workload at its start and its end.
+	Lifecycle *Lifecycle `json:"lifecycle,omitempty"`
+	// TerminationMessagePath is where the workload leaves a last word for Kubernetes, empty for
+	// DefaultTerminationMessagePath.
+	TerminationMessagePath string  `json:"terminationMessagePath,omitempty"`
+	Mounts                 []Mount `json:"mounts,omitempty"`
+	// HostAliases are lines of /etc/hosts, in the author's order.
+	HostAliases []HostAlias `json:"hostAliases,omitempty"`
 	// Egress lists what the workload may connect to, "host:port" as ParseEndpoint reads it, in ascending
 	// order. Nothing else can be reached, nor does another name resolve.
 	Egress []string `json:"egress,omitempty"`
@@ -122,36 +129,6 @@ type Port struct {
 	Plaintext bool `json:"plaintext,omitempty"`
 }
 
-// Probes are run inside the enclave. When and how often is decided outside.
-type Probes struct {
-	Startup   *Probe `json:"startup,omitempty"`
-	Liveness  *Probe `json:"liveness,omitempty"`
-	Readiness *Probe `json:"readiness,omitempty"`
-}
-
-// Probe has exactly one field.
-type Probe struct {
-	HTTP *HTTPProbe `json:"http,omitempty"`
-	Exec *ExecProbe `json:"exec,omitempty"`
-}
-
-// HTTPProbe is a GET to 127.0.0.1; 200 to 399 is success.
-type HTTPProbe struct {
-	// Port is a number: names are resolved when the manifest is made.
-	Port uint32 `json:"port"`
-	// Path begins with "/"; empty means "/".
-	Path string `json:"path,omitempty"`
-	// Scheme is "HTTPS" (the certificate is not verified, as the kubelet does not), or empty for HTTP.
-	Scheme string `json:"scheme,omitempty"`
-	// Headers are in the author's order; "Host" sets the request's host.
-	Headers []Header `json:"headers,omitempty"`
-}
-
-// ExecProbe runs a command in the workload's file system as the workload's user; status 0 is success.
-type ExecProbe struct {
-	Command []string `json:"command"`
-}
-
 // Kinds of a Mount.
 const (
 	// MountTmpfs is memory of the enclave: an emptyDir that no other container shares.
@@ -168,11 +145,15 @@ type Mount struct {
 	Path string `json:"path"`
 	// Kind is MountTmpfs or MountHost.
 	Kind string `json:"kind"`
-	// SubPath, of MountHost, is what of the volume is mounted, as the author wrote it; it never changes then.
+	// SubPath is what of the volume is mounted in place of its root, relative and clean. Files of the host
+	// never change then. Of memory only mounts with a Volume have one: a directory, which is made.
 	SubPath string `json:"subPath,omitempty"`
 	// SizeLimit is in bytes; 0 means no limit but the enclave's memory.
 	SizeLimit int64 `json:"sizeLimit,omitempty"`
 	ReadOnly  bool  `json:"readOnly,omitempty"`
+	// Volume is 0, or a number that other mounts have too: they show the same memory. The numbers begin
+	// with 1, in the order of Mounts.
+	Volume int `json:"volume,omitempty"`
 }
 
 // Canonical returns the RFC 8785 (JCS) form of m, which is what is measured. It fails when m is not

@@ -24,8 +24,8 @@ func full() *Manifest {
 		Security:   &Security{NoNewPrivileges: true, ReadOnlyRoot: true, DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"CHOWN"}},
 		Ports:      []Port{{Name: "web", Port: 80}, {Port: 5432, Protocol: ProtocolTCP, Plaintext: true}},
 		Probes: &Probes{
-			Liveness:  &Probe{Exec: &ExecProbe{Command: []string{"true"}}},
-			Readiness: &Probe{HTTP: &HTTPProbe{Port: 80, Path: "/ready", Scheme: "HTTPS", Headers: []Header{{"Host", "a"}}}},
+			Liveness:  &Probe{Exec: &Exec{Command: []string{"true"}}},
+			Readiness: &Probe{HTTP: &HTTPGet{Port: 80, Path: "/ready", Scheme: "HTTPS", Headers: []Header{{"Host", "a"}}}},
 		},
 		Mounts: []Mount{{Path: "/tmp", Kind: MountTmpfs, SizeLimit: 1 << 20, ReadOnly: true}},
 		Egress: []string{"10.0.0.1:80", "[2001:db8::1]:443", "example.org:443"},
@@ -129,7 +129,7 @@ func TestValidate(t *testing.T) {
 		"port 0":              {func(m *Manifest) { m.Ports[0].Port = 0 }, "port 0"},
 		"port twice":          {func(m *Manifest) { m.Ports[1].Port = 80 }, "port 80 is listed twice"},
 		"protocol":            {func(m *Manifest) { m.Ports[0].Protocol = "http" }, "protocol"},
-		"two probe handlers":  {func(m *Manifest) { m.Probes.Liveness.HTTP = &HTTPProbe{Port: 1} }, "exactly one"},
+		"two probe handlers":  {func(m *Manifest) { m.Probes.Liveness.HTTP = &HTTPGet{Port: 1} }, "exactly one"},
 		"no probe":            {func(m *Manifest) { m.Probes = &Probes{} }, "probes must be left out"},
 		"probe path":          {func(m *Manifest) { m.Probes.Readiness.HTTP.Path = "/" }, "path"},
 		"mount over root":     {func(m *Manifest) { m.Mounts[0].Path = "/" }, "mount path"},
@@ -154,6 +154,8 @@ func TestValidate(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	c, _ := full().Canonical()
+	f.Add(c)
+	c, _ = lively().Canonical()
 	f.Add(c)
 	f.Add([]byte(`{"apiVersion":"cloister.dev/v1alpha1","image":{"digest":"` + digest + `"}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {

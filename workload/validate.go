@@ -68,6 +68,12 @@ func (m *Manifest) Validate() error {
 		text("port name", p.Name)
 	}
 	m.validateProbes(bad, text)
+	m.validateLifecycle(bad, text)
+	m.validateHostAliases(bad)
+	if p := m.TerminationMessagePath; p != "" && (p == DefaultTerminationMessagePath || !path.IsAbs(p) || path.Clean(p) != p || p == "/") {
+		bad("terminationMessagePath %q must be absolute, clean, and left out for %s", p, DefaultTerminationMessagePath)
+	}
+	text("terminationMessagePath", m.TerminationMessagePath)
 	m.validateEgress(bad)
 	m.validatePlugins(bad, text)
 	m.validateKMS(bad, text)
@@ -88,8 +94,12 @@ func (m *Manifest) Validate() error {
 		if v.SizeLimit < 0 || v.SizeLimit > maxSafeInteger {
 			bad("mount %q: sizeLimit %d is out of range", v.Path, v.SizeLimit)
 		}
-		text("mount path", v.Path)
+		if p := v.SubPath; p != "" && (path.IsAbs(p) || path.Clean(p) != p || p == "." || p == ".." || strings.HasPrefix(p, "../")) {
+			bad("mount %q: subPath %q must be relative and clean, and stay inside the volume", v.Path, p)
+		}
+		text("mount path", v.Path, v.SubPath)
 	}
+	m.validateVolumes(bad)
 	return errors.Join(errs...)
 }
 
@@ -153,49 +163,4 @@ func (m *Manifest) validateSecurity(bad func(string, ...any)) {
 var DefaultCapabilities = []string{
 	"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "NET_RAW",
 	"SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
-}
-
-func (m *Manifest) validateProbes(bad func(string, ...any), text func(string, ...string)) {
-	if m.Probes == nil {
-		return
-	}
-	named := []struct {
-		name  string
-		probe *Probe
-	}{{"startup", m.Probes.Startup}, {"liveness", m.Probes.Liveness}, {"readiness", m.Probes.Readiness}}
-	some := false
-	for _, n := range named {
-		p := n.probe
-		if p == nil {
-			continue
-		}
-		some = true
-		if (p.HTTP == nil) == (p.Exec == nil) {
-			bad("probes.%s must have exactly one of http and exec", n.name)
-		}
-		if h := p.HTTP; h != nil {
-			if h.Port < 1 || h.Port > 65535 {
-				bad("probes.%s: port %d is not between 1 and 65535", n.name, h.Port)
-			}
-			if h.Path == "/" || (h.Path != "" && !strings.HasPrefix(h.Path, "/")) {
-				bad("probes.%s: path %q must begin with / and be left out for /", n.name, h.Path)
-			}
-			if h.Scheme != "" && h.Scheme != "HTTPS" {
-				bad("probes.%s: scheme %q must be HTTPS, or left out for HTTP", n.name, h.Scheme)
-			}
-			text("probe path", h.Path)
-			for _, e := range h.Headers {
-				text("probe header", e.Name, e.Value)
-			}
-		}
-		if e := p.Exec; e != nil {
-			if len(e.Command) == 0 {
-				bad("probes.%s: exec has no command", n.name)
-			}
-			text("probe command", e.Command...)
-		}
-	}
-	if !some {
-		bad("probes must be left out when there is none")
-	}
 }

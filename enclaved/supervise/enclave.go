@@ -62,11 +62,14 @@ type Enclave struct {
 	inProcess *plugin.InProcessSet
 	process   *process.Process
 	gateway   *gateway.Gateway
-	killed    string // why the workload was killed, one sentence
+	killed    string // why the workload did not end by itself, one sentence
+	events    *events
+	hooks     sync.WaitGroup // hooks under way; none is added when the workload has ended
 
 	stopping context.Context // ends with the first Stop
 	stop     context.CancelFunc
 	ended    chan struct{} // closed when the workload has ended, or will never start
+	preStop  sync.Once
 	signal   sync.Once
 	probes   map[channel.ProbeKind]*probe
 }
@@ -134,7 +137,7 @@ func (e *Enclave) Stop(ctx context.Context, r *channel.StopRequest) (*channel.St
 		return &channel.StopResponse{}, nil
 	}
 	if p != nil {
-		go e.stopWorkload(p, g, r)
+		go e.stopWorkload(p, g, time.Duration(r.GetDrainMs())*time.Millisecond, time.Duration(r.GetGraceMs())*time.Millisecond)
 	}
 	select {
 	case <-e.ended:
@@ -144,11 +147,18 @@ func (e *Enclave) Stop(ctx context.Context, r *channel.StopRequest) (*channel.St
 	}
 }
 
-// stopWorkload drains, asks and at last kills.
-func (e *Enclave) stopWorkload(p *process.Process, g *gateway.Gateway, r *channel.StopRequest) {
-	drain, grace := time.Duration(r.GetDrainMs())*time.Millisecond, time.Duration(r.GetGraceMs())*time.Millisecond
+// stopWorkload drains and runs the preStop hook, asks and at last kills. A hook that takes longer than the
+// drain takes it from the grace.
+func (e *Enclave) stopWorkload(p *process.Process, g *gateway.Gateway, drain, grace time.Duration) {
+	end := time.Now().Add(drain + grace)
 	g.Drain()
+	hook := e.startPreStop(p, drain+grace-min(leastGrace, grace))
 	if e.endsWithin(drain) {
+		return
+	}
+	select {
+	case <-hook:
+	case <-e.ended:
 		return
 	}
 	e.signal.Do(func() {
@@ -156,10 +166,11 @@ func (e *Enclave) stopWorkload(p *process.Process, g *gateway.Gateway, r *channe
 			slog.Error("ask the workload to stop", "error", err)
 		}
 	})
-	if e.endsWithin(grace) {
+	left := max(time.Until(end), 0)
+	if e.endsWithin(left) {
 		return
 	}
-	e.kill(p, fmt.Sprintf("the workload did not end within %s of its stop signal and was killed", grace))
+	e.kill(p, fmt.Sprintf("the workload did not end within %s of its stop signal and was killed", left.Round(10*time.Millisecond)))
 }
 
 func (e *Enclave) endsWithin(d time.Duration) bool {
@@ -175,12 +186,17 @@ func (e *Enclave) endsWithin(d time.Duration) bool {
 
 // kill kills the workload, and remembers why if it was the first to do so.
 func (e *Enclave) kill(p *process.Process, why string) {
-	e.mu.Lock()
-	if e.killed == "" {
-		e.killed = why
-	}
-	e.mu.Unlock()
+	e.because(why)
 	if err := p.Kill(); err != nil {
 		slog.Error("kill the workload", "error", err)
+	}
+}
+
+// because remembers the first reason why the workload does not end by itself.
+func (e *Enclave) because(why string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.killed == "" {
+		e.killed = why
 	}
 }

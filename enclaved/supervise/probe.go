@@ -12,7 +12,10 @@ import (
 	"strconv"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/enclaved/supervise/process"
@@ -21,8 +24,6 @@ import (
 )
 
 const (
-	// userAgent is as the kubelet's, which servers know by its beginning.
-	userAgent = "kube-probe/cloister"
 	// maxRedirects and maxBody are the kubelet's (k8s.io/kubernetes, pkg/probe/http).
 	maxRedirects = 10
 	maxBody      = 10 << 10 // bytes
@@ -71,10 +72,8 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	if w == nil {
 		return &channel.ProbeResponse{Message: "the workload has not been started"}, nil
 	}
-	select {
-	case <-e.ended:
+	if e.hasEnded() {
 		return &channel.ProbeResponse{Message: "the workload has ended"}, nil
-	default:
 	}
 	select {
 	case <-p.turn:
@@ -105,28 +104,111 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 
 // run returns why the probe failed, without a word of the workload's own.
 func (p *probe) run(ctx context.Context, w *process.Process) error {
-	if p.spec.Exec != nil {
-		return runExec(ctx, p.spec.Exec, w)
+	switch s := p.spec; {
+	case s.HTTP != nil:
+		return named("http probe", runHTTP(ctx, s.HTTP, "kube-probe", true))
+	case s.TCP != nil:
+		return named("tcp probe", runTCP(ctx, s.TCP))
+	case s.GRPC != nil:
+		return named("grpc probe", runGRPC(ctx, s.GRPC))
+	default:
+		return named("exec probe", runExec(ctx, w.ProbeArgs(s.Exec.Command), w))
 	}
-	return runHTTP(ctx, p.spec.HTTP)
 }
 
-func runExec(ctx context.Context, p *workload.ExecProbe, w *process.Process) error {
-	code, err := w.Exec(ctx, w.ProbeArgs(p.Command))
+func named(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+func runExec(ctx context.Context, args []string, w *process.Process) error {
+	code, err := w.Exec(ctx, args)
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("exec probe: %w", context.Cause(ctx))
+		return context.Cause(ctx)
 	case err != nil:
-		return fmt.Errorf("exec probe: %w", err)
+		return err
 	case code != 0:
-		return fmt.Errorf("exec probe: the command ended with status %d", code)
+		return fmt.Errorf("the command ended with status %d", code)
 	}
 	return nil
 }
 
-// runHTTP does what the kubelet does (k8s.io/kubernetes, pkg/probe/http), inside.
-func runHTTP(ctx context.Context, p *workload.HTTPProbe) error {
-	host := net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(p.Port), 10))
+// runTCP makes a connection and ends it, as the kubelet does (k8s.io/kubernetes, pkg/probe/tcp).
+func runTCP(ctx context.Context, p *workload.TCP) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address(p.Port))
+	if err != nil {
+		return cause(ctx, err)
+	}
+	conn.Close()
+	return nil
+}
+
+// runGRPC asks the health service, as the kubelet does (k8s.io/kubernetes, pkg/probe/grpc).
+func runGRPC(ctx context.Context, p *workload.GRPC) error {
+	stream, err := new(net.Dialer).DialContext(ctx, "tcp", address(p.Port))
+	if err != nil {
+		return cause(ctx, err)
+	}
+	defer stream.Close()
+	once := make(chan net.Conn, 1)
+	once <- stream
+	conn, err := grpc.NewClient("passthrough:///"+address(p.Port),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUserAgent("kube-probe/cloister"),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-once:
+				return c, nil
+			default:
+				return nil, errors.New("the server has ended the connection")
+			}
+		}))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	res, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{Service: p.Service})
+	switch code := status.Code(err); {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case code == codes.Unimplemented:
+		return errors.New("the server has no health service (grpc.health.v1.Health)")
+	case err != nil: // its message is the workload's
+		return fmt.Errorf("the health service answers with status %s", code)
+	case res.GetStatus() != healthpb.HealthCheckResponse_SERVING:
+		return fmt.Errorf("the health service says %s", servingStatus(res.GetStatus()))
+	}
+	return nil
+}
+
+// servingStatus is a status of the health protocol; a number that it does not know is the workload's own.
+func servingStatus(s healthpb.HealthCheckResponse_ServingStatus) string {
+	if _, ok := healthpb.HealthCheckResponse_ServingStatus_name[int32(s)]; !ok {
+		return "something else than SERVING"
+	}
+	return s.String()
+}
+
+// address is that of a port of the workload.
+func address(port uint32) string {
+	return net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(port), 10))
+}
+
+// cause prefers the reason why ctx has ended.
+func cause(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// runHTTP does what the kubelet does (k8s.io/kubernetes, pkg/probe/http and pkg/kubelet/lifecycle), inside.
+// Agent is the name by which servers know the kubelet. With judge only 200 to 399 is success, else any
+// answer.
+func runHTTP(ctx context.Context, p *workload.HTTPGet, agent string, judge bool) error {
 	scheme := "http"
 	if p.Scheme == "HTTPS" {
 		scheme = "https"
@@ -135,19 +217,17 @@ func runHTTP(ctx context.Context, p *workload.HTTPProbe) error {
 	if err != nil { // as the kubelet: a path that is no URL is just a path
 		u = &url.URL{Path: p.Path}
 	}
-	u.Scheme, u.Host = scheme, host
+	u.Scheme, u.Host = scheme, address(p.Port)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return fmt.Errorf("http probe: %w", err)
+		return err
 	}
 	for _, h := range p.Headers {
 		req.Header.Add(h.Name, h.Value)
-		if http.CanonicalHeaderKey(h.Name) == "Host" {
-			req.Host = h.Value
-		}
 	}
+	req.Host = req.Header.Get("Host")
 	req.Header.Del("Host")
-	setDefault(req.Header, "User-Agent", userAgent)
+	setDefault(req.Header, "User-Agent", agent+"/cloister")
 	setDefault(req.Header, "Accept", "*/*")
 
 	client := &http.Client{
@@ -174,8 +254,8 @@ func runHTTP(ctx context.Context, p *workload.HTTPProbe) error {
 	if _, err := io.Copy(io.Discard, io.LimitReader(res.Body, maxBody)); err != nil {
 		return httpError(ctx, err)
 	}
-	if res.StatusCode < http.StatusOK || res.StatusCode >= http.StatusBadRequest {
-		return fmt.Errorf("http probe: status %d", res.StatusCode)
+	if judge && (res.StatusCode < http.StatusOK || res.StatusCode >= http.StatusBadRequest) {
+		return fmt.Errorf("status %d", res.StatusCode)
 	}
 	return nil
 }
@@ -188,15 +268,14 @@ func httpError(ctx context.Context, err error) error {
 	var dial *net.OpError
 	switch {
 	case ctx.Err() != nil:
-		err = context.Cause(ctx)
+		return context.Cause(ctx)
 	case errors.Is(err, errTooManyRedirects):
-		err = errTooManyRedirects
+		return errTooManyRedirects
 	case errors.As(err, &dial) && dial.Op == "dial":
-		err = dial
+		return dial
 	default:
-		err = errors.New("the workload gave no valid answer")
+		return errors.New("the workload gave no valid answer")
 	}
-	return fmt.Errorf("http probe: %w", err)
 }
 
 // setDefault sets a header that is missing, and takes away one that was set to nothing.

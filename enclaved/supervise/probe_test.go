@@ -13,6 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/workload"
 )
@@ -57,25 +61,25 @@ func TestHTTPProbe(t *testing.T) {
 	closed := freePort(t)
 
 	tests := map[string]struct {
-		probe workload.HTTPProbe
+		probe workload.HTTPGet
 		err   string
 	}{
-		"root":                  {workload.HTTPProbe{Port: port(plain)}, ""},
-		"200":                   {workload.HTTPProbe{Port: port(plain), Path: "/200"}, ""},
-		"399":                   {workload.HTTPProbe{Port: port(plain), Path: "/399"}, ""},
-		"400":                   {workload.HTTPProbe{Port: port(plain), Path: "/400"}, "http probe: status 400"},
-		"503":                   {workload.HTTPProbe{Port: port(plain), Path: "/503?x=y"}, "http probe: status 503"},
-		"https":                 {workload.HTTPProbe{Port: port(secure), Path: "/200", Scheme: "HTTPS"}, ""},
-		"http to https":         {workload.HTTPProbe{Port: port(secure), Path: "/200"}, "http probe: status 400"},
-		"https to http":         {workload.HTTPProbe{Port: port(plain), Path: "/200", Scheme: "HTTPS"}, "no valid answer"},
-		"redirect elsewhere":    {workload.HTTPProbe{Port: port(plain), Path: "/away"}, ""},
-		"redirect here":         {workload.HTTPProbe{Port: port(plain), Path: "/on"}, "http probe: status 500"},
-		"redirect for ever":     {workload.HTTPProbe{Port: port(plain), Path: "/loop"}, "stopped after 10 redirects"},
-		"redirect nowhere":      {workload.HTTPProbe{Port: port(plain), Path: "/nowhere"}, "no valid answer"},
-		"another protocol":      {workload.HTTPProbe{Port: port(plain), Path: "/greeting"}, "no valid answer"},
-		"nobody listens":        {workload.HTTPProbe{Port: closed}, "connection refused"},
-		"takes too long":        {workload.HTTPProbe{Port: port(plain), Path: "/slow"}, "http probe: too long"},
-		"a path that is no URL": {workload.HTTPProbe{Port: port(plain), Path: "/%zz"}, ""},
+		"root":                  {workload.HTTPGet{Port: port(plain)}, ""},
+		"200":                   {workload.HTTPGet{Port: port(plain), Path: "/200"}, ""},
+		"399":                   {workload.HTTPGet{Port: port(plain), Path: "/399"}, ""},
+		"400":                   {workload.HTTPGet{Port: port(plain), Path: "/400"}, "http probe: status 400"},
+		"503":                   {workload.HTTPGet{Port: port(plain), Path: "/503?x=y"}, "http probe: status 503"},
+		"https":                 {workload.HTTPGet{Port: port(secure), Path: "/200", Scheme: "HTTPS"}, ""},
+		"http to https":         {workload.HTTPGet{Port: port(secure), Path: "/200"}, "http probe: status 400"},
+		"https to http":         {workload.HTTPGet{Port: port(plain), Path: "/200", Scheme: "HTTPS"}, "no valid answer"},
+		"redirect elsewhere":    {workload.HTTPGet{Port: port(plain), Path: "/away"}, ""},
+		"redirect here":         {workload.HTTPGet{Port: port(plain), Path: "/on"}, "http probe: status 500"},
+		"redirect for ever":     {workload.HTTPGet{Port: port(plain), Path: "/loop"}, "stopped after 10 redirects"},
+		"redirect nowhere":      {workload.HTTPGet{Port: port(plain), Path: "/nowhere"}, "no valid answer"},
+		"another protocol":      {workload.HTTPGet{Port: port(plain), Path: "/greeting"}, "no valid answer"},
+		"nobody listens":        {workload.HTTPGet{Port: closed}, "connection refused"},
+		"takes too long":        {workload.HTTPGet{Port: port(plain), Path: "/slow"}, "http probe: too long"},
+		"a path that is no URL": {workload.HTTPGet{Port: port(plain), Path: "/%zz"}, ""},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -85,7 +89,7 @@ func TestHTTPProbe(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeoutCause(t.Context(), timeout, errors.New("too long"))
 			defer cancel()
-			err := runHTTP(ctx, &test.probe)
+			err := (&probe{spec: &workload.Probe{HTTP: &test.probe}}).run(ctx, nil)
 			if (err != nil) != (test.err != "") || (err != nil && !strings.Contains(err.Error(), test.err)) {
 				t.Errorf("got %v, want %q", err, test.err)
 			}
@@ -95,23 +99,84 @@ func TestHTTPProbe(t *testing.T) {
 		})
 	}
 
-	headers := []workload.Header{{Name: "host", Value: "example.org"}, {Name: "X-A", Value: "1"}, {Name: "X-A", Value: "2"}, {Name: "accept", Value: ""}}
-	if err := runHTTP(t.Context(), &workload.HTTPProbe{Port: port(plain), Path: "/200?a=b", Headers: headers}); err != nil {
+	headers := []workload.Header{{Name: "host", Value: "example.org"}, {Name: "Host", Value: "not the first"}, {Name: "X-A", Value: "1"}, {Name: "X-A", Value: "2"}, {Name: "accept", Value: ""}}
+	if err := runHTTP(t.Context(), &workload.HTTPGet{Port: port(plain), Path: "/200?a=b", Headers: headers}, "kube-probe", true); err != nil {
 		t.Fatal(err)
 	}
 	last := recorded.Load()
-	if last.Host != "example.org" || strings.Join(last.Header["X-A"], ",") != "1,2" || last.Header.Get("User-Agent") != userAgent ||
+	if last.Host != "example.org" || strings.Join(last.Header["X-A"], ",") != "1,2" || last.Header.Get("User-Agent") != "kube-probe/cloister" ||
 		last.Header.Get("Accept") != "" || last.URL.RawQuery != "a=b" || last.Method != http.MethodGet {
 		t.Errorf("request %v %v", last.Host, last.Header)
 	}
-	err := runHTTP(t.Context(), &workload.HTTPProbe{Port: port(plain)})
+	err := runHTTP(t.Context(), &workload.HTTPGet{Port: port(plain)}, "kube-probe", true)
 	if last = recorded.Load(); err != nil || last.Header.Get("Accept") != "*/*" || last.URL.Path != "/" {
 		t.Errorf("request %v, %v", last.Header, err)
 	}
 }
 
+// TestTCPAndGRPCProbe asks servers of this process.
+func TestTCPAndGRPCProbe(t *testing.T) {
+	serve := func(register func(*grpc.Server)) uint32 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := grpc.NewServer()
+		register(s)
+		go s.Serve(l)
+		t.Cleanup(s.Stop)
+		return uint32(l.Addr().(*net.TCPAddr).Port)
+	}
+	healthy := serve(func(s *grpc.Server) {
+		h := health.NewServer()
+		h.SetServingStatus("db", healthpb.HealthCheckResponse_NOT_SERVING)
+		h.SetServingStatus("odd", 77)
+		healthpb.RegisterHealthServer(s, h)
+	})
+	none := serve(func(*grpc.Server) {})
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	other := uint32(plain.Listener.Addr().(*net.TCPAddr).Port)
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	mute := uint32(silent.Addr().(*net.TCPAddr).Port)
+	closed := freePort(t)
+
+	for name, test := range map[string]struct {
+		probe workload.Probe
+		err   string
+	}{
+		"tcp":                   {workload.Probe{TCP: &workload.TCP{Port: mute}}, ""},
+		"tcp, nobody listens":   {workload.Probe{TCP: &workload.TCP{Port: closed}}, "tcp probe: dial tcp 127.0.0.1:"},
+		"grpc":                  {workload.Probe{GRPC: &workload.GRPC{Port: healthy}}, ""},
+		"grpc, one service":     {workload.Probe{GRPC: &workload.GRPC{Port: healthy, Service: "db"}}, "grpc probe: the health service says NOT_SERVING"},
+		"grpc, unknown service": {workload.Probe{GRPC: &workload.GRPC{Port: healthy, Service: "other"}}, "grpc probe: the health service answers with status NotFound"},
+		"grpc, unknown status":  {workload.Probe{GRPC: &workload.GRPC{Port: healthy, Service: "odd"}}, "grpc probe: the health service says something else than SERVING"},
+		"grpc, no health":       {workload.Probe{GRPC: &workload.GRPC{Port: none}}, "grpc probe: the server has no health service"},
+		"grpc, another server":  {workload.Probe{GRPC: &workload.GRPC{Port: other}}, "grpc probe: the health service answers with status Unavailable"},
+		"grpc, nobody listens":  {workload.Probe{GRPC: &workload.GRPC{Port: closed}}, "grpc probe: dial tcp 127.0.0.1:"},
+		"grpc, no answer":       {workload.Probe{GRPC: &workload.GRPC{Port: mute}}, "grpc probe: too long"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			timeout := 10 * time.Second
+			if name == "grpc, no answer" {
+				timeout = 50 * time.Millisecond
+			}
+			ctx, cancel := context.WithTimeoutCause(t.Context(), timeout, errors.New("too long"))
+			defer cancel()
+			err := (&probe{spec: &test.probe}).run(ctx, nil)
+			if (err != nil) != (test.err != "") || (err != nil && !strings.HasPrefix(err.Error(), test.err)) {
+				t.Errorf("got %v, want %q", err, test.err)
+			}
+		})
+	}
+}
+
 func TestProbesOf(t *testing.T) {
-	p := &workload.Probe{Exec: &workload.ExecProbe{Command: []string{"x"}}}
+	p := &workload.Probe{Exec: &workload.Exec{Command: []string{"x"}}}
 	if got := probesOf(&workload.Manifest{Probes: &workload.Probes{Liveness: p}}); len(got) != 1 || got[channel.ProbeKind_PROBE_KIND_LIVENESS] != p {
 		t.Errorf("got %v", got)
 	}

@@ -126,10 +126,13 @@ func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
 	}
 	// A run that nobody follows any more has no reason to go on.
 	stop := context.AfterFunc(ctx, func() { e.kill(p, "initboot has left the run") })
-	out.send(&channel.RunEvent{Event: &channel.RunEvent_Started{Started: &channel.Started{}}})
+	e.hooks.Go(func() { e.afterStart(p, out) })
 	code, err := p.Wait()
 	stop()
+	e.mu.Lock()
 	close(e.ended)
+	e.mu.Unlock()
+	e.hooks.Wait()
 	p.Close()
 	pipes.Wait() // nothing is left that could write: what remains is in the pipes
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastAnswers)
@@ -142,7 +145,7 @@ func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return &channel.Exited{Code: int32(code), Message: e.killed}
+	return &channel.Exited{Code: int32(code), Message: e.killed, TerminationMessage: e.terminationMessage()}
 }
 
 // start gets the image and starts workload and gateway.
@@ -182,11 +185,14 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	if err := e.deliver(secrets, spec); err != nil {
 		return nil, nil, err
 	}
+	if err := e.takeTerminationMessage(spec); err != nil {
+		return nil, nil, err
+	}
 	hosts, err := relay.Hosts(e.manifest.Egress)
 	if err != nil {
 		return nil, nil, err
 	}
-	spec.Hosts = relay.Lines(hosts)
+	spec.Hosts = append(relay.Lines(hosts), e.manifest.HostLines()...)
 	if e.outlets, err = e.relay.Listen(hosts); err != nil {
 		return nil, nil, err
 	}
@@ -216,7 +222,7 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 		pipes.Wait()
 		return nil, nil, err
 	}
-	e.process, e.gateway = p, g
+	e.process, e.gateway, e.events = p, g, out
 	return p, pipes, nil
 }
 

@@ -424,9 +424,9 @@ func TestServeAndProbe(t *testing.T) {
 		Ports: []workload.Port{{Port: port}},
 		Env:   []workload.EnvVar{{Name: "CODE", Value: "5"}},
 		Probes: &workload.Probes{
-			Startup:   &workload.Probe{HTTP: &workload.HTTPProbe{Port: port}},
-			Liveness:  &workload.Probe{Exec: &workload.ExecProbe{Command: []string{"/app", "exit", "$(CODE)"}}},
-			Readiness: &workload.Probe{Exec: &workload.ExecProbe{Command: []string{"/app", "sleep"}}},
+			Startup:   &workload.Probe{HTTP: &workload.HTTPGet{Port: port}},
+			Liveness:  &workload.Probe{Exec: &workload.Exec{Command: []string{"/app", "exit", "$(CODE)"}}},
+			Readiness: &workload.Probe{Exec: &workload.Exec{Command: []string{"/app", "sleep"}}},
 		},
 	})
 	probe := func(kind channel.ProbeKind, timeout, age time.Duration) *channel.ProbeResponse {

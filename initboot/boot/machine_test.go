@@ -590,7 +590,7 @@ func TestNSM(t *testing.T) {
 func TestProbe(t *testing.T) {
 	asked := make(chan *channel.ProbeRequest, 1)
 	f := start(t, hold, func(c *Config, d *drivertest.Driver) {
-		c.Workload.Probes = &workload.Probes{Readiness: &workload.Probe{HTTP: &workload.HTTPProbe{Port: 80}}}
+		c.Workload.Probes = &workload.Probes{Readiness: &workload.Probe{HTTP: &workload.HTTPGet{Port: 80}}}
 		d.Probe = func(r *channel.ProbeRequest) *channel.ProbeResponse {
 			asked <- r
 			return &channel.ProbeResponse{Message: "503"}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -26,6 +27,10 @@ const (
 	// maxMargin is what the console keeps of the grace period to report the workload's end before the
 	// kubelet kills it.
 	maxMargin = 2 * time.Second
+	// maxMessage is what the kubelet takes of a termination message, in bytes.
+	maxMessage = 4096
+	// lastAnswer is how long initboot may take to say how the last probes went.
+	lastAnswer = 500 * time.Millisecond
 	// retry is the pause between tries to begin the run.
 	retry = 500 * time.Millisecond
 )
@@ -35,25 +40,25 @@ type Console struct {
 	Pod podsock.PodClient
 	// Stdout and Stderr get the workload's bytes, and nothing else.
 	Stdout, Stderr io.Writer
-	// Grace is the pod's grace period.
-	Grace time.Duration
+	// Grace is the pod's grace period, ProbeGrace that of probes which have one of their own.
+	Grace      time.Duration
+	ProbeGrace map[channel.ProbeKind]time.Duration
 
 	mu      sync.Mutex
 	started time.Time // of the workload
 }
 
-// Run runs the workload and returns the exit code and, where it does not speak for itself, a sentence
-// for the termination message. It tries for ever to begin the run, but never begins a second one. When
+// Run runs the workload and returns the exit code and the termination message. It tries for ever to begin the run, but never begins a second one. When
 // stop ends it stops the workload, and returns within the grace period.
-func (c *Console) Run(stop context.Context) (code int, message string) {
+func (c *Console) Run(stop context.Context) (code int, last LastWord) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	overdue := make(chan struct{})
 	defer context.AfterFunc(stop, func() { c.stop(ctx, overdue) })()
 
 	type result struct {
-		code    int
-		message string
+		code int
+		last LastWord
 	}
 	ended := make(chan result, 1)
 	go func() {
@@ -61,13 +66,13 @@ func (c *Console) Run(stop context.Context) (code int, message string) {
 			exited, begun, err := c.follow(ctx)
 			switch {
 			case exited != nil:
-				ended <- result{int(exited.GetCode()), exited.GetMessage()}
+				ended <- result{int(exited.GetCode()), LastWord{exited.GetMessage(), string(exited.GetTerminationMessage())}}
 				return
 			case begun:
-				ended <- result{ExitLost, lost(err)}
+				ended <- result{ExitLost, LastWord{Message: lost(err)}}
 				return
 			case stop.Err() != nil:
-				ended <- result{exitTerminated, "the pod was stopped before the workload was started"}
+				ended <- result{exitTerminated, LastWord{Message: "the pod was stopped before the workload was started"}}
 				return
 			}
 			select {
@@ -80,9 +85,9 @@ func (c *Console) Run(stop context.Context) (code int, message string) {
 	}()
 	select {
 	case r := <-ended:
-		return r.code, r.message
+		return r.code, r.last
 	case <-overdue:
-		return exitKilled, "the workload did not end within the grace period: it is killed with its enclave"
+		return exitKilled, LastWord{Message: "the workload did not end within the grace period: it is killed with its enclave"}
 	}
 }
 
@@ -132,10 +137,11 @@ func (c *Console) follow(ctx context.Context) (exited *channel.Exited, begun boo
 // stop asks initboot to stop the workload within the grace period, a third of which is for clients to
 // leave. It closes overdue when that was not enough.
 func (c *Console) stop(ctx context.Context, overdue chan<- struct{}) {
-	budget := c.Grace - min(maxMargin, c.Grace/2)
-	drain := c.Grace / 3
+	begin, grace := time.Now(), c.gracePeriod(ctx)
+	budget := grace - min(maxMargin, grace/2)
+	drain := grace / 3
 	// Half of the margin is for the last output to arrive.
-	late := time.AfterFunc(budget+(c.Grace-budget)/2, func() { close(overdue) })
+	late := time.AfterFunc(budget+(grace-budget)/2-time.Since(begin), func() { close(overdue) })
 	context.AfterFunc(ctx, func() { late.Stop() })
 	for ctx.Err() == nil {
 		// A failure is one of the run too, which reports it. Once more, since the run may have reached
@@ -161,7 +167,45 @@ func (c *Console) running() (time.Duration, bool) {
 	return time.Since(c.started), true
 }
 
-// WriteMessage writes a termination message, which the kubelet cuts at 4096 bytes.
-func WriteMessage(path, message string) error {
-	return os.WriteFile(path, []byte(message+"\n"), 0o644)
+// gracePeriod returns how long the kubelet waits. It does not say why it stops the container, and a probe
+// may have a grace period of its own: one that has failed, or does not answer at once, may be why.
+func (c *Console) gracePeriod(ctx context.Context) time.Duration {
+	grace := c.Grace
+	ctx, cancel := context.WithTimeout(ctx, lastAnswer)
+	defer cancel()
+	for kind, d := range c.ProbeGrace {
+		if d >= grace {
+			continue // a deletion may be why just as well
+		}
+		// The last answer, however old; without one this fails at once.
+		answer, err := c.Pod.Probe(ctx, &channel.ProbeRequest{Kind: kind, MaxAgeMs: math.MaxUint32})
+		if err != nil || !answer.GetOk() {
+			grace = d
+		}
+	}
+	return grace
+}
+
+// LastWord is what becomes the container's termination message.
+type LastWord struct {
+	// Message is a sentence of Cloister's own, where the exit code does not speak for itself.
+	Message string
+	// Workload is what the workload left.
+	Workload string
+}
+
+// Write writes a termination message, of which the kubelet takes the last 4096 bytes. It writes nothing
+// when there is nothing to say: then the kubelet may take the end of the log instead.
+func (l LastWord) Write(path string) error {
+	own := l.Message
+	if own != "" {
+		own += "\n"
+	}
+	if room := max(maxMessage-len(own), 0); len(l.Workload) > room {
+		l.Workload = l.Workload[len(l.Workload)-room:]
+	}
+	if own+l.Workload == "" {
+		return nil
+	}
+	return os.WriteFile(path, []byte(own+l.Workload), 0o644)
 }

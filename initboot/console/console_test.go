@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -39,8 +40,8 @@ func newInitboot(t *testing.T, w drivertest.Workload) *initboot {
 		Image:      workload.Image{Digest: "sha256:" + strings.Repeat("0", 64)},
 		Ports:      []workload.Port{{Port: 80}},
 		Probes: &workload.Probes{
-			Liveness:  &workload.Probe{HTTP: &workload.HTTPProbe{Port: 80}},
-			Readiness: &workload.Probe{HTTP: &workload.HTTPProbe{Port: 80}},
+			Liveness:  &workload.Probe{HTTP: &workload.HTTPGet{Port: 80}},
+			Readiness: &workload.Probe{HTTP: &workload.HTTPGet{Port: 80}},
 		},
 	}
 	canonical, err := m.Canonical()
@@ -92,8 +93,8 @@ type running struct {
 }
 
 type result struct {
-	code    int
-	message string
+	code int
+	LastWord
 }
 
 func (i *initboot) console(t *testing.T, grace time.Duration) *running {
@@ -111,8 +112,8 @@ func (i *initboot) console(t *testing.T, grace time.Duration) *running {
 		conn.Close()
 	})
 	go func() {
-		code, message := r.Run(stop)
-		r.result <- result{code, message}
+		code, last := r.Run(stop)
+		r.result <- result{code, last}
 	}()
 	return r
 }
@@ -158,7 +159,7 @@ func TestOutputAndCode(t *testing.T) {
 	})
 	i.start(t)
 	r := i.console(t, 30*time.Second)
-	if got := r.wait(t); got != (result{7, "so be it"}) {
+	if got := r.wait(t); got != (result{7, LastWord{Message: "so be it"}}) {
 		t.Errorf("got %v", got)
 	}
 	if r.stdout.String() != strings.Repeat("a\x00\xff\r\n", 1000) || r.stderr.String() != strings.Repeat("no newline", 1000) {
@@ -172,7 +173,7 @@ func TestEnclaveLost(t *testing.T) {
 	r := i.console(t, 30*time.Second)
 	until(t, r.started)
 	i.driver.Last().Kill("PID 1 was killed")
-	if got := r.wait(t); got != (result{ExitLost, "the enclave was lost: PID 1 was killed"}) {
+	if got := r.wait(t); got != (result{ExitLost, LastWord{Message: "the enclave was lost: PID 1 was killed"}}) {
 		t.Errorf("got %v", got)
 	}
 	// The kubelet starts another console.
@@ -190,7 +191,7 @@ func TestInitbootDies(t *testing.T) {
 	r := i.console(t, 30*time.Second)
 	until(t, r.started)
 	i.kill()
-	if got := r.wait(t); got.code != ExitLost || got.message == "" {
+	if got := r.wait(t); got.code != ExitLost || got.Message == "" {
 		t.Errorf("got %v", got)
 	}
 }
@@ -226,6 +227,71 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// TestProbeGrace: a probe that has failed may be why the console is stopped, and how long it may take then.
+func TestProbeGrace(t *testing.T) {
+	failing := map[channel.ProbeKind]bool{}
+	for name, test := range map[string]struct {
+		failing map[channel.ProbeKind]bool
+		grace   map[channel.ProbeKind]time.Duration
+		want    time.Duration
+	}{
+		"none of its own":  {failing, nil, 30 * time.Second},
+		"all is well":      {failing, map[channel.ProbeKind]time.Duration{liveness: 6 * time.Second}, 30 * time.Second},
+		"liveness failed":  {map[channel.ProbeKind]bool{liveness: true}, map[channel.ProbeKind]time.Duration{liveness: 6 * time.Second}, 6 * time.Second},
+		"longer is no use": {map[channel.ProbeKind]bool{liveness: true}, map[channel.ProbeKind]time.Duration{liveness: time.Minute}, 30 * time.Second},
+		"both failed":      {map[channel.ProbeKind]bool{liveness: true, startup: true}, map[channel.ProbeKind]time.Duration{liveness: 9 * time.Second, startup: 6 * time.Second}, 6 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			i := newInitboot(t, hold)
+			i.cfg.Workload.Probes.Startup = i.cfg.Workload.Probes.Liveness
+			i.driver.Probe = func(r *channel.ProbeRequest) *channel.ProbeResponse {
+				return &channel.ProbeResponse{Ok: !test.failing[r.GetKind()]}
+			}
+			i.start(t)
+			r := i.console(t, 30*time.Second)
+			r.ProbeGrace = test.grace
+			until(t, r.started)
+			e := i.driver.Last()
+			r.stop()
+			r.wait(t)
+			stops := e.Stops()
+			if len(stops) != 1 || time.Duration(stops[0].GetDrainMs())*time.Millisecond != test.want/3 {
+				t.Errorf("stops: %v, want a third of %s", stops, test.want)
+			}
+		})
+	}
+}
+
+const (
+	startup  = channel.ProbeKind_PROBE_KIND_STARTUP
+	liveness = channel.ProbeKind_PROBE_KIND_LIVENESS
+)
+
+func TestLastWord(t *testing.T) {
+	for name, test := range map[string]struct {
+		last LastWord
+		want string
+	}{
+		"nothing":      {LastWord{}, ""},
+		"ours":         {LastWord{Message: "lost"}, "lost\n"},
+		"theirs":       {LastWord{Workload: "out of\nmemory"}, "out of\nmemory"},
+		"both":         {LastWord{Message: "killed", Workload: "busy"}, "killed\nbusy"},
+		"too much":     {LastWord{Message: "killed", Workload: strings.Repeat("x", 5000) + "end"}, "killed\n" + strings.Repeat("x", 4096-7-3) + "end"},
+		"a whole page": {LastWord{Message: strings.Repeat("x", 5000), Workload: "busy"}, strings.Repeat("x", 5000) + "\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "log")
+			if err := test.last.Write(file); err != nil {
+				t.Fatal(err)
+			}
+			got, err := os.ReadFile(file)
+			if (err != nil) != (test.want == "") || string(got) != test.want {
+				t.Errorf("got %q, %v, want %q", got, err, test.want)
+			}
+		})
+	}
+}
+
 func TestStopBeforeTheRun(t *testing.T) {
 	for name, started := range map[string]bool{"initboot is not there": false, "the enclave does not boot": true} {
 		t.Run(name, func(t *testing.T) {
@@ -236,7 +302,7 @@ func TestStopBeforeTheRun(t *testing.T) {
 			}
 			r := i.console(t, 30*time.Second)
 			r.stop()
-			if got := r.wait(t); got.code != 143 || !strings.Contains(got.message, "before the workload was started") {
+			if got := r.wait(t); got.code != 143 || !strings.Contains(got.Message, "before the workload was started") {
 				t.Errorf("got %v", got)
 			}
 		})
@@ -258,7 +324,7 @@ func TestOverdue(t *testing.T) {
 	until(t, r.started)
 	begin := time.Now()
 	r.stop()
-	if got := r.wait(t); got.code != 137 || !strings.Contains(got.message, "grace period") {
+	if got := r.wait(t); got.code != 137 || !strings.Contains(got.Message, "grace period") {
 		t.Errorf("got %v", got)
 	}
 	if took := time.Since(begin); took > time.Second {

@@ -963,7 +963,7 @@ func (x *Output) GetData() []byte {
 	return nil
 }
 
-// Started: the workload's process exists and the gateway listens.
+// Started: the workload's process exists, the gateway listens and the postStart hook has succeeded.
 type Started struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1007,9 +1007,11 @@ type Exited struct {
 	// (126: not executable, 127: not found), as container runtimes do.
 	Code int32 `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
 	// One sentence, or empty when there is nothing to add to the code.
-	Message       string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// What the workload left at its termination message path, at most the last 4096 bytes.
+	TerminationMessage []byte `protobuf:"bytes,3,opt,name=termination_message,json=terminationMessage,proto3" json:"termination_message,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Exited) Reset() {
@@ -1054,6 +1056,13 @@ func (x *Exited) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *Exited) GetTerminationMessage() []byte {
+	if x != nil {
+		return x.TerminationMessage
+	}
+	return nil
 }
 
 type ProbeRequest struct {
@@ -1175,7 +1184,7 @@ type StopRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How long the gateway asks clients to leave before the stop signal is sent.
 	DrainMs uint32 `protobuf:"varint,1,opt,name=drain_ms,json=drainMs,proto3" json:"drain_ms,omitempty"`
-	// How long the workload may take after its stop signal before it is killed.
+	// How long the workload, with its preStop hook, may take beyond that before it is killed.
 	GraceMs       uint32 `protobuf:"varint,2,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1446,10 +1455,11 @@ const file_internal_channel_channel_proto_rawDesc = "" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
 	"\rSTREAM_STDERR\x10\x02\"\t\n" +
-	"\aStarted\"6\n" +
+	"\aStarted\"g\n" +
 	"\x06Exited\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\x7f\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12/\n" +
+	"\x13termination_message\x18\x03 \x01(\fR\x12terminationMessage\"\x7f\n" +
 	"\fProbeRequest\x122\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1e.cloister.channel.v1.ProbeKindR\x04kind\x12\x1d\n" +
 	"\n" +

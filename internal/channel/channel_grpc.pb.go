@@ -50,8 +50,8 @@ type EnclaveClient interface {
 	Probe(ctx context.Context, in *ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
 	// Stats returns the enclave's counters, since its start. It needs no Configure.
 	Stats(ctx context.Context, in *StatsRequest, opts ...grpc.CallOption) (*StatsResponse, error)
-	// Stop drains the gateway for the given time, sends the stop signal to the workload and kills it
-	// when the grace period is over. It returns when the workload has ended; Run reports the exit.
+	// Stop drains the gateway for the given time and runs the preStop hook meanwhile, which may take longer;
+	// then it sends the stop signal to the workload and kills it when the time is over. It returns when the workload has ended; Run reports the exit.
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
 }
 
@@ -151,8 +151,8 @@ type EnclaveServer interface {
 	Probe(context.Context, *ProbeRequest) (*ProbeResponse, error)
 	// Stats returns the enclave's counters, since its start. It needs no Configure.
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
-	// Stop drains the gateway for the given time, sends the stop signal to the workload and kills it
-	// when the grace period is over. It returns when the workload has ended; Run reports the exit.
+	// Stop drains the gateway for the given time and runs the preStop hook meanwhile, which may take longer;
+	// then it sends the stop signal to the workload and kills it when the time is over. It returns when the workload has ended; Run reports the exit.
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
 	mustEmbedUnimplementedEnclaveServer()
 }

@@ -9,7 +9,7 @@ import (
 // HostAccess lists what the host of this workload can read and what it can change, one sentence of at
 // most 120 characters each. Everything else is sealed from the host by the enclave.
 func HostAccess(m *workload.Manifest) []string {
-	out := []string{"the host can read: stdout and stderr of the workload, its exit code and the results of its probes"}
+	out := []string{"the host can read: stdout, stderr and termination message of the workload, its exit code and the results of its probes"}
 	if m.Logs == workload.LogsOTLP {
 		out[0] = "the host can read: the workload's exit code and the results of its probes (logs: otlp)"
 	}

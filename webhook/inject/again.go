@@ -54,13 +54,13 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 
 	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
 	console := corev1.Container{
-		Image: opts.InitbootImage, Command: consoleCommand(spec), VolumeMounts: []corev1.VolumeMount{mountRun, mountNoToken},
+		Image: opts.InitbootImage, Command: consoleCommand(spec, c), VolumeMounts: []corev1.VolumeMount{mountRun, mountNoToken},
 	}
 	var ops []Op
-	if n := len(console.Command) - 1; len(c.Command) == n+1 && strings.HasPrefix(c.Command[n], graceFlag) && c.Command[n] != console.Command[n] {
-		// Another webhook changed the grace period after us.
-		ops = append(ops, Op{Op: "replace", Path: fmt.Sprintf("/spec/containers/%d/command/%d", index, n), Value: console.Command[n]})
-		console.Command[n] = c.Command[n]
+	if isConsoleCommand(c.Command) && !slices.Equal(c.Command, console.Command) {
+		// Another webhook changed a grace period after us.
+		ops = append(ops, Op{Op: "replace", Path: fmt.Sprintf("/spec/containers/%d/command", index), Value: console.Command})
+		console.Command = c.Command
 	}
 	p.compare(cp, c, console)
 	p.compareVolumes(spec, c)

@@ -11,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"cloister.dev/cloister/internal/podenv"
@@ -86,8 +85,11 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	m.User, m.Security = p.security(cp, spec.SecurityContext, c.SecurityContext)
 	m.Ports = p.ports(cp.Child("ports"), c, d.config)
 	m.Probes = p.probes(cp, c)
+	m.Lifecycle = p.lifecycle(cp.Child("lifecycle"), c)
+	m.TerminationMessagePath = p.terminationMessage(cp, c)
 	m.Mounts = p.mounts(cp, spec, c)
 	m.Egress = p.egress(m, d.config)
+	m.HostAliases = p.hostAliases(spec, m)
 	m.Plugins, d.pluginImages = plugins(d.config, m.Image.Platform)
 	m.Logs = d.config.Logs
 	m.Secrets, m.KMS, m.TLS = d.config.Secrets, d.config.KMS, d.config.TLS
@@ -103,6 +105,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 			d.warnings = append(d.warnings, fmt.Sprintf("container %s has no memory limit and %s no memory: its enclave gets 512Mi", shorten(c.Name), annotation.Config))
 		}
 	}
+	p.checkPodResources(spec, d)
 	if len(p.list) > 0 {
 		return nil, p.list
 	}
@@ -283,12 +286,6 @@ func (p *problems) ports(path *field.Path, c *corev1.Container, cfg *config.Encl
 		if port.Protocol != "" && port.Protocol != corev1.ProtocolTCP {
 			p.forbid(path.Child("protocol"), "only TCP reaches an enclave")
 		}
-		if port.HostPort != 0 {
-			p.notBuilt(path.Child("hostPort"), "a port of the node")
-		}
-		if port.HostIP != "" {
-			p.notBuilt(path.Child("hostIP"), "an address of the node")
-		}
 		out = append(out, served(cfg, port.Name, uint32(port.ContainerPort)))
 	}
 	at := annotationsPath.Key(annotation.Config).Child("ports")
@@ -348,85 +345,6 @@ func lowestPort(m *workload.Manifest) uint32 {
 	return low
 }
 
-func (p *problems) probes(cp *field.Path, c *corev1.Container) *workload.Probes {
-	out := workload.Probes{
-		Startup:   p.probe(cp.Child("startupProbe"), c, c.StartupProbe),
-		Liveness:  p.probe(cp.Child("livenessProbe"), c, c.LivenessProbe),
-		Readiness: p.probe(cp.Child("readinessProbe"), c, c.ReadinessProbe),
-	}
-	if out == (workload.Probes{}) {
-		return nil
-	}
-	return &out
-}
-
-func (p *problems) probe(path *field.Path, c *corev1.Container, probe *corev1.Probe) *workload.Probe {
-	if probe == nil {
-		return nil
-	}
-	switch {
-	case probe.HTTPGet != nil:
-		return p.httpProbe(path.Child("httpGet"), c, probe.HTTPGet)
-	case probe.Exec != nil:
-		if len(probe.Exec.Command) == 0 {
-			p.list = append(p.list, field.Required(path.Child("exec", "command"), "name the command that the probe runs"))
-		}
-		return &workload.Probe{Exec: &workload.ExecProbe{Command: probe.Exec.Command}}
-	case probe.TCPSocket != nil:
-		p.notBuilt(path.Child("tcpSocket"), "a tcpSocket probe")
-	case probe.GRPC != nil:
-		p.notBuilt(path.Child("grpc"), "a grpc probe")
-	default:
-		p.list = append(p.list, field.Required(path, "say what the probe does: httpGet or exec"))
-	}
-	return nil
-}
-
-func (p *problems) httpProbe(path *field.Path, c *corev1.Container, get *corev1.HTTPGetAction) *workload.Probe {
-	if get.Host != "" {
-		p.forbid(path.Child("host"), "a probe reaches only the workload itself: remove it")
-	}
-	if proto := get.Protocol; proto != nil && *proto != corev1.HTTPProtocolHTTP1 {
-		p.notBuilt(path.Child("protocol"), "a protocol other than HTTP1")
-	}
-	h := &workload.HTTPProbe{Port: p.probePort(path.Child("port"), c, get.Port)}
-	if get.Path != "" && get.Path != "/" {
-		h.Path = "/" + strings.TrimPrefix(get.Path, "/")
-	}
-	switch get.Scheme {
-	case "", corev1.URISchemeHTTP:
-	case corev1.URISchemeHTTPS:
-		h.Scheme = string(get.Scheme)
-	default:
-		p.list = append(p.list, field.NotSupported(path.Child("scheme"), get.Scheme, []corev1.URIScheme{corev1.URISchemeHTTP, corev1.URISchemeHTTPS}))
-	}
-	for _, e := range get.HTTPHeaders {
-		h.Headers = append(h.Headers, workload.Header{Name: e.Name, Value: e.Value})
-	}
-	return &workload.Probe{HTTP: h}
-}
-
-// probePort resolves a port as the kubelet does: a name among the container's ports, else a number.
-func (p *problems) probePort(path *field.Path, c *corev1.Container, port intstr.IntOrString) uint32 {
-	n := int64(port.IntVal)
-	if port.Type == intstr.String {
-		i := slices.IndexFunc(c.Ports, func(cp corev1.ContainerPort) bool { return cp.Name == port.StrVal && port.StrVal != "" })
-		if i >= 0 {
-			n = int64(c.Ports[i].ContainerPort)
-		} else if v, err := strconv.ParseInt(port.StrVal, 10, 32); err == nil {
-			n = v
-		} else {
-			p.list = append(p.list, field.Invalid(path, port.StrVal, fmt.Sprintf("container %s has no port of this name", c.Name)))
-			return 0
-		}
-	}
-	if n < 1 || n > 65535 {
-		p.list = append(p.list, field.Invalid(path, n, "write a port from 1 to 65535"))
-		return 0
-	}
-	return uint32(n)
-}
-
 // tokenPath is where the service account's token is mounted.
 const tokenPath = "/var/run/secrets/kubernetes.io/serviceaccount"
 
@@ -450,30 +368,28 @@ func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Contai
 		p.forbid(cp.Child("volumeDevices").Index(i), "a device of the host cannot be given to an enclave: remove it")
 	}
 	var out []workload.Mount
-	seen := map[string]bool{}
+	volumes := map[string]string{} // by path
 	for i := range c.VolumeMounts {
 		m, path := &c.VolumeMounts[i], cp.Child("volumeMounts").Index(i)
 		if tokenMount(spec, m) || cloudMount(m.MountPath) {
 			continue
 		}
 		if w, ok := p.mount(path, spec, c, m); ok {
-			if seen[w.Path] {
+			if volumes[w.Path] != "" {
 				p.list = append(p.list, field.Duplicate(path.Child("mountPath"), m.MountPath))
 			}
-			seen[w.Path] = true
+			volumes[w.Path] = m.Name
 			out = append(out, w)
 		}
 	}
 	// A parent before what is mounted below it, whatever the author's order.
 	slices.SortFunc(out, func(a, b workload.Mount) int { return strings.Compare(a.Path, b.Path) })
+	numberVolumes(out, volumes)
 	return out
 }
 
 func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Container, m *corev1.VolumeMount) (workload.Mount, bool) {
 	before := len(p.list)
-	if m.SubPath != "" {
-		p.notBuilt(at.Child("subPath"), "subPath")
-	}
 	if m.SubPathExpr != "" {
 		p.notBuilt(at.Child("subPathExpr"), "subPathExpr")
 	}
@@ -486,7 +402,7 @@ func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Contain
 	if len(m.BindMountOptions) > 0 {
 		p.notBuilt(at.Child("bindMountOptions"), "bindMountOptions")
 	}
-	w := workload.Mount{Path: path.Clean(m.MountPath), Kind: workload.MountTmpfs, ReadOnly: m.ReadOnly}
+	w := workload.Mount{Path: path.Clean(m.MountPath), Kind: workload.MountTmpfs, ReadOnly: m.ReadOnly, SubPath: p.subPath(at, m)}
 	switch {
 	case !path.IsAbs(m.MountPath) || w.Path == "/":
 		p.list = append(p.list, field.Invalid(at.Child("mountPath"), m.MountPath, "write an absolute path other than /"))
@@ -522,9 +438,6 @@ func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Contain
 			}
 		}
 	}
-	if n := slices.IndexFunc(c.VolumeMounts, func(o corev1.VolumeMount) bool { return o.Name == m.Name }); &c.VolumeMounts[n] != m {
-		p.notBuilt(at, "mounting one emptyDir at two paths")
-	}
 	return w, len(p.list) == before
 }
 
@@ -557,17 +470,6 @@ func source(v *corev1.Volume) string {
 
 // rest refuses what else a container can say.
 func (p *problems) rest(cp *field.Path, c *corev1.Container) {
-	if l := c.Lifecycle; l != nil {
-		if l.PostStart != nil {
-			p.notBuilt(cp.Child("lifecycle", "postStart"), "a postStart hook")
-		}
-		if l.PreStop != nil {
-			p.notBuilt(cp.Child("lifecycle", "preStop"), "a preStop hook")
-		}
-		if l.StopSignal != nil {
-			p.notBuilt(cp.Child("lifecycle", "stopSignal"), "a stop signal other than the image's")
-		}
-	}
 	for _, f := range []struct {
 		name string
 		set  bool
@@ -576,19 +478,10 @@ func (p *problems) rest(cp *field.Path, c *corev1.Container) {
 			p.forbid(cp.Child(f.name), "nobody can type into an enclave: remove it")
 		}
 	}
-	if c.RestartPolicy != nil {
-		p.notBuilt(cp.Child("restartPolicy"), "a restart policy of one container")
-	}
-	if len(c.RestartPolicyRules) > 0 {
-		p.notBuilt(cp.Child("restartPolicyRules"), "restarting by exit code")
-	}
 	for i, r := range c.ResizePolicy {
 		if r.RestartPolicy != corev1.NotRequired {
 			p.forbid(cp.Child("resizePolicy").Index(i), "an enclave keeps the memory that it booted with: remove it")
 		}
-	}
-	if t := c.TerminationMessagePath; t != "" && t != corev1.TerminationMessagePathDefault {
-		p.notBuilt(cp.Child("terminationMessagePath"), "a termination message path other than "+corev1.TerminationMessagePathDefault)
 	}
 	if c.ImagePullPolicy == corev1.PullNever {
 		p.forbid(cp.Child("imagePullPolicy"), "the enclave fetches its image by digest from the registry, never from the node: remove it")

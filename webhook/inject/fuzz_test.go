@@ -15,6 +15,9 @@ func FuzzPatch(f *testing.F) {
 	for _, input := range inputs {
 		f.Add(readPod(f, input))
 	}
+	for _, pod := range vectorPods(f) {
+		f.Add(pod)
+	}
 	f.Fuzz(func(t *testing.T, pod []byte) {
 		// The API server sends what it has encoded itself, without duplicate keys.
 		var any map[string]any

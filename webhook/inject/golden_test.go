@@ -206,9 +206,9 @@ func TestManifest(t *testing.T) {
 			{Port: 9090, Plaintext: true},
 		},
 		Probes: &workload.Probes{
-			Startup:   &workload.Probe{Exec: &workload.ExecProbe{Command: []string{"/bin/ready", "--all"}}},
-			Liveness:  &workload.Probe{HTTP: &workload.HTTPProbe{Port: 8080, Path: "/live", Headers: []workload.Header{{Name: "Host", Value: "app"}}}},
-			Readiness: &workload.Probe{HTTP: &workload.HTTPProbe{Port: 9090, Scheme: "HTTPS"}},
+			Startup:   &workload.Probe{Exec: &workload.Exec{Command: []string{"/bin/ready", "--all"}}},
+			Liveness:  &workload.Probe{HTTP: &workload.HTTPGet{Port: 8080, Path: "/live", Headers: []workload.Header{{Name: "Host", Value: "app"}}}},
+			Readiness: &workload.Probe{HTTP: &workload.HTTPGet{Port: 9090, Scheme: "HTTPS"}},
 		},
 		Mounts: []workload.Mount{
 			{Path: "/tmp", Kind: workload.MountTmpfs},

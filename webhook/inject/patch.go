@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -76,6 +75,11 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 	}
 	d, errs := decide(meta, spec)
 	errs = append(errs, unknownVolumes(spec, raw.Spec.Volumes, meta.Annotations[annotation.Enclave])...)
+	for i, c := range spec.Containers {
+		if c.Name == meta.Annotations[annotation.Enclave] {
+			errs = append(errs, unknownActions(raw.Spec.Containers[i], specPath.Child("containers").Index(i))...)
+		}
+	}
 	if len(errs) > 0 {
 		return nil, nil, errs
 	}
@@ -128,13 +132,12 @@ func volumeOps(spec *corev1.PodSpec) []Op {
 
 func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
 	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory)
-	limitCPU := guaranteed(spec)
-	boot.Resources = resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, limitCPU)
+	boot.Resources = bootResources(spec, d)
 	side := sidecar(opts, d.manifest)
 	if d.manifest.KMS != nil {
 		addIdentity(&side, &spec.Containers[d.index])
 	}
-	side.Resources = resources(resource.MustParse("100m"), 128<<20, limitCPU)
+	side.Resources = sidecarResources(spec)
 	if len(spec.InitContainers) == 0 {
 		return []Op{add("/spec/initContainers", []corev1.Container{boot, side})}
 	}
@@ -170,7 +173,7 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	ops := []Op{
 		add(base+"image", opts.InitbootImage),
 		add(base+"imagePullPolicy", corev1.PullIfNotPresent),
-		add(base+"command", consoleCommand(spec)),
+		add(base+"command", consoleCommand(spec, c)),
 	}
 	remove := func(name string) {
 		if _, ok := have[name]; ok {
@@ -179,6 +182,10 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	}
 	remove("args")
 	remove("workingDir")
+	remove("lifecycle") // it is the workload's
+	if t := c.TerminationMessagePath; t != "" && t != corev1.TerminationMessagePathDefault {
+		ops = append(ops, add(base+"terminationMessagePath", corev1.TerminationMessagePathDefault))
+	}
 
 	// What the cloud's identity webhook added is not the workload's and stays.
 	var env []json.RawMessage
@@ -200,13 +207,12 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	}
 	ops = append(ops, add(base+"volumeMounts", mounts))
 
-	limitCPU := guaranteed(spec)
-	limits, err := merge(have["resources"], resources(resource.MustParse("50m"), 64<<20, limitCPU))
+	limits, err := merge(have["resources"], consoleResources(spec))
 	if err != nil {
 		return nil, err
 	}
 	// The author's limits were the workload's. Only those of ephemeral storage stay, for the logs.
-	if l, ok := limits["limits"].(map[string]any); ok && !limitCPU {
+	if l, ok := limits["limits"].(map[string]any); ok && !guaranteed(spec) {
 		delete(l, string(corev1.ResourceCPU))
 	}
 	security, err := merge(have["securityContext"], confined())

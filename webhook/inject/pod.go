@@ -42,12 +42,6 @@ func (p *problems) checkPod(spec *corev1.PodSpec) {
 	if len(spec.EphemeralContainers) > 0 {
 		p.forbid(specPath.Child("ephemeralContainers"), "a pod with an enclave starts without debug containers: remove them")
 	}
-	if spec.Resources != nil {
-		p.forbid(specPath.Child("resources"), "resources of the whole pod are not built yet: set them on the containers")
-	}
-	if len(spec.HostAliases) > 0 {
-		p.forbid(specPath.Child("hostAliases"), "host names from outside are not built yet for the enclave: remove them")
-	}
 	p.checkPodSecurity(spec.SecurityContext)
 
 	for _, l := range containerLists(spec) {

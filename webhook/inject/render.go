@@ -184,16 +184,44 @@ func execProbe(command ...string) *corev1.Probe {
 	}
 }
 
-// consoleCommand is the console's command line.
-func consoleCommand(spec *corev1.PodSpec) []string {
+// Flags of the console: how long the kubelet waits after it has sent SIGTERM, for what reason ever, and
+// after a probe with a grace period of its own has failed.
+const (
+	graceFlag         = "--grace-period="
+	startupGraceFlag  = "--startup-grace-period="
+	livenessGraceFlag = "--liveness-grace-period="
+)
+
+// consoleCommand is the command line of the console c.
+func consoleCommand(spec *corev1.PodSpec, c *corev1.Container) []string {
 	grace := int64(corev1.DefaultTerminationGracePeriodSeconds)
 	if s := spec.TerminationGracePeriodSeconds; s != nil {
 		grace = *s
 	}
-	return []string{"/initboot", "console", fmt.Sprintf("%s%ds", graceFlag, grace)}
+	command := []string{"/initboot", "console", fmt.Sprintf("%s%ds", graceFlag, grace)}
+	for _, f := range []struct {
+		flag  string
+		probe *corev1.Probe
+	}{{startupGraceFlag, c.StartupProbe}, {livenessGraceFlag, c.LivenessProbe}} {
+		if f.probe != nil && f.probe.TerminationGracePeriodSeconds != nil {
+			command = append(command, fmt.Sprintf("%s%ds", f.flag, *f.probe.TerminationGracePeriodSeconds))
+		}
+	}
+	return command
 }
 
-const graceFlag = "--grace-period="
+// isConsoleCommand tells whether a command line is the console's with whatever grace periods.
+func isConsoleCommand(command []string) bool {
+	if len(command) < 3 || command[0] != "/initboot" || command[1] != "console" {
+		return false
+	}
+	for _, arg := range command[2:] {
+		if !strings.HasPrefix(arg, graceFlag) && !strings.HasPrefix(arg, startupGraceFlag) && !strings.HasPrefix(arg, livenessGraceFlag) {
+			return false
+		}
+	}
+	return true
+}
 
 // withDefaults fills in what the API server would (pkg/apis/core/v1/defaults.go), in whose absence raw
 // YAML is read.
@@ -258,9 +286,12 @@ func measurements(canonical []byte) string {
 	return fmt.Sprintf(`{"PCR16":%q}`, hex.EncodeToString(workload.PCR16(canonical)))
 }
 
-// guaranteed tells whether the author's pod has QoS class Guaranteed: requests equal to limits for CPU and
-// memory on every container.
+// guaranteed tells whether the author's pod has QoS class Guaranteed for what its containers say: requests
+// equal to limits for CPU and memory on every one.
 func guaranteed(spec *corev1.PodSpec) bool {
+	if podResources(spec) {
+		return false // the class does not depend on the containers
+	}
 	for _, l := range containerLists(spec) {
 		for _, c := range l.containers {
 			for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
@@ -289,6 +320,19 @@ func resources(cpu resource.Quantity, memory int64, limitCPU bool) corev1.Resour
 		r.Limits[corev1.ResourceCPU] = cpu
 	}
 	return r
+}
+
+// bootResources, sidecarResources and consoleResources are those of our containers.
+func bootResources(spec *corev1.PodSpec, d *decision) corev1.ResourceRequirements {
+	return resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, guaranteed(spec))
+}
+
+func sidecarResources(spec *corev1.PodSpec) corev1.ResourceRequirements {
+	return resources(resource.MustParse("100m"), 128<<20, guaranteed(spec))
+}
+
+func consoleResources(spec *corev1.PodSpec) corev1.ResourceRequirements {
+	return resources(resource.MustParse("50m"), 64<<20, guaranteed(spec))
 }
 
 // enclaveCPU is what initboot requests: what the enclave uses, which is what the author asked for, and a

@@ -244,6 +244,39 @@ func TestRestricted(t *testing.T) {
 	}
 }
 
+// TestSharedVolume: mounts with one number show the same memory, or a directory of it.
+func TestSharedVolume(t *testing.T) {
+	m := manifest("/app", "put", "text", ">/data/file", ">/data/sub/dir/file", ">/other/file", "/data/sub/dir/file", "/data/file", "/data/read/file", "/data/read/sub/dir/file", ">/data/read/new", ">/var/sub/file", "/data/sub/dir/file")
+	m.User = &workload.User{UID: ptr[int64](33)}
+	m.Mounts = []workload.Mount{
+		{Path: "/data", Kind: workload.MountTmpfs, Volume: 1, SizeLimit: 1 << 20},
+		{Path: "/data/read", Kind: workload.MountTmpfs, Volume: 1, SizeLimit: 1 << 20, ReadOnly: true},
+		{Path: "/other", Kind: workload.MountTmpfs, Volume: 2},
+		{Path: "/var", Kind: workload.MountTmpfs},
+		{Path: "/var/sub", Kind: workload.MountTmpfs, Volume: 1, SizeLimit: 1 << 20, SubPath: "sub/dir"},
+		{Path: "/var/two", Kind: workload.MountTmpfs, Volume: 2},
+	}
+	s, err := start(t, newImage(t), m, &image.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, _ := s.finish(t)
+	want := `/data/file <nil>
+/data/sub/dir/file <nil>
+/other/file <nil>
+/data/sub/dir/file text <nil>
+/data/file text <nil>
+/data/read/file text <nil>
+/data/read/sub/dir/file text <nil>
+/data/read/new open /data/read/new: read-only file system
+/var/sub/file <nil>
+/data/sub/dir/file text <nil>
+`
+	if diff := cmp.Diff(want, stdout); diff != "" {
+		t.Errorf("the workload says (-want +got):\n%s%s", diff, stderr)
+	}
+}
+
 func TestEnds(t *testing.T) {
 	tests := map[string]struct {
 		command []string

@@ -248,20 +248,20 @@ func writeFiles(hosts []string) error {
 func userMounts(s *Spec) error {
 	mounts := slices.Clone(s.Mounts)
 	slices.SortFunc(mounts, func(a, b workload.Mount) int { return cmp.Compare(a.Path, b.Path) })
-	for _, m := range mounts {
+	shared, err := sharedVolumes(s, mounts)
+	if err != nil {
+		return err
+	}
+	for i, m := range mounts {
 		if err := os.MkdirAll(m.Path, 0o755); err != nil {
 			return fmt.Errorf("make the mount point %s: %w", m.Path, err)
 		}
-		size := m.SizeLimit
-		if size == 0 {
-			size = s.MountSize
+		if m.Volume != 0 {
+			err = attachVolume(shared[i], m)
+		} else {
+			err = mountTmpfs(s, m, m.Path)
 		}
-		flags := uintptr(unix.MS_NODEV)
-		if m.ReadOnly {
-			flags |= unix.MS_RDONLY
-		}
-		// An emptyDir is writable for everybody.
-		if err := unix.Mount("tmpfs", m.Path, "tmpfs", flags, fmt.Sprintf("mode=777,size=%d", size)); err != nil {
+		if err != nil {
 			return fmt.Errorf("mount a tmpfs at %s: %w", m.Path, err)
 		}
 	}

@@ -99,8 +99,12 @@ func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64) (
 	if m.WorkingDir != "" {
 		s.Dir = m.WorkingDir
 	}
-	if s.StopSignal, err = parseSignal(c.StopSignal); err != nil {
-		return nil, err
+	stop, whose := c.StopSignal, "image"
+	if l := m.Lifecycle; l != nil && l.StopSignal != "" {
+		stop, whose = l.StopSignal, "pod"
+	}
+	if s.StopSignal, err = parseSignal(stop); err != nil {
+		return nil, fmt.Errorf("the %s's stop signal: %w", whose, err)
 	}
 	var sec workload.Security
 	if m.Security != nil {
@@ -176,9 +180,12 @@ func (e *environment) set(entry string) {
 	}
 }
 
-// parseSignal reads an image's stop signal: "SIGQUIT", "QUIT", "3" or "SIGRTMIN+3"; empty is SIGTERM.
+// otherSignals are names that package unix does not know (signal(7)).
+var otherSignals = map[string]unix.Signal{"SIGCLD": unix.SIGCHLD, "SIGIOT": unix.SIGABRT, "SIGPOLL": unix.SIGIO, "SIGUNUSED": unix.SIGSYS}
+
+// parseSignal reads a stop signal: "SIGQUIT", "QUIT", "3", "SIGRTMIN+3" or "SIGRTMAX-3"; empty is SIGTERM.
 func parseSignal(name string) (unix.Signal, error) {
-	bad := fmt.Errorf("the image's stop signal %q is not a signal", name)
+	bad := fmt.Errorf("%q is not a signal", name)
 	if name == "" {
 		return unix.SIGTERM, nil
 	}
@@ -190,15 +197,25 @@ func parseSignal(name string) (unix.Signal, error) {
 	}
 	full := "SIG" + strings.TrimPrefix(strings.ToUpper(name), "SIG")
 	// Real-time signals as the C library counts them (signal(7)): it keeps 32 and 33 for itself.
-	if plus, ok := strings.CutPrefix(full, "SIGRTMIN"); ok {
+	for base, sign := range map[string]string{"SIGRTMIN": "+", "SIGRTMAX": "-"} {
+		offset, ok := strings.CutPrefix(full, base)
+		if !ok {
+			continue
+		}
 		n := 0
-		if plus != "" {
+		if offset != "" {
 			var err error
-			if n, err = strconv.Atoi(strings.TrimPrefix(plus, "+")); err != nil || n < 0 || n > 30 {
+			if n, err = strconv.Atoi(strings.TrimPrefix(offset, sign)); err != nil || n < 0 || n > 30 {
 				return 0, bad
 			}
 		}
+		if base == "SIGRTMAX" {
+			return unix.Signal(64 - n), nil
+		}
 		return unix.Signal(34 + n), nil
+	}
+	if sig, ok := otherSignals[full]; ok {
+		return sig, nil
 	}
 	if sig := unix.SignalNum(full); sig != 0 {
 		return sig, nil

@@ -211,7 +211,8 @@ func TestAccountsOfHostileImages(t *testing.T) {
 func TestStopSignal(t *testing.T) {
 	tests := map[string]unix.Signal{
 		"": unix.SIGTERM, "SIGQUIT": unix.SIGQUIT, "quit": unix.SIGQUIT, "9": unix.SIGKILL,
-		"SIGRTMIN": 34, "SIGRTMIN+3": 37, "RTMIN+3": 37,
+		"SIGRTMIN": 34, "SIGRTMIN+3": 37, "RTMIN+3": 37, "SIGRTMAX": 64, "SIGRTMAX-14": 50,
+		"SIGABRT": unix.SIGABRT, "SIGCLD": unix.SIGCHLD, "SIGIO": unix.SIGIO, "SIGIOT": unix.SIGABRT, "SIGPOLL": unix.SIGIO, "SIGPWR": unix.SIGPWR, "SIGSTKFLT": unix.SIGSTKFLT,
 		"SIGNONE": 0, "0": 0, "65": 0, "-1": 0, "SIGRTMIN+x": 0, "SIGRTMIN+31": 0, "RTMIN-1": 0,
 	}
 	for name, want := range tests {
@@ -219,5 +220,21 @@ func TestStopSignal(t *testing.T) {
 		if got != want || (err != nil) != (want == 0) {
 			t.Errorf("parseSignal(%q) = %d, %v, want %d", name, got, err, want)
 		}
+	}
+}
+
+// The pod's stop signal wins over the image's.
+func TestWhoseStopSignal(t *testing.T) {
+	m := manifest("/app")
+	c := &image.Config{StopSignal: "SIGQUIT"}
+	for want, stop := range map[unix.Signal]string{unix.SIGQUIT: "", unix.SIGTERM: "SIGTERM", unix.SIGUSR1: "SIGUSR1"} {
+		m.Lifecycle = &workload.Lifecycle{StopSignal: stop}
+		if s, err := NewSpec(m, c, t.TempDir(), 1); err != nil || s.StopSignal != want {
+			t.Errorf("%q: got %v, %v", stop, s, err)
+		}
+	}
+	m.Lifecycle.StopSignal = "SIGNONE"
+	if _, err := NewSpec(m, c, t.TempDir(), 1); err == nil || !strings.Contains(err.Error(), `the pod's stop signal: "SIGNONE" is not a signal`) {
+		t.Errorf("got %v", err)
 	}
 }

@@ -1,0 +1,196 @@
+package inject
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"cloister.dev/cloister/workload"
+)
+
+func (p *problems) probes(cp *field.Path, c *corev1.Container) *workload.Probes {
+	out := workload.Probes{
+		Startup:   p.probe(cp.Child("startupProbe"), c, c.StartupProbe),
+		Liveness:  p.probe(cp.Child("livenessProbe"), c, c.LivenessProbe),
+		Readiness: p.probe(cp.Child("readinessProbe"), c, c.ReadinessProbe),
+	}
+	if out == (workload.Probes{}) {
+		return nil
+	}
+	return &out
+}
+
+func (p *problems) probe(at *field.Path, c *corev1.Container, probe *corev1.Probe) *workload.Probe {
+	if probe == nil {
+		return nil
+	}
+	switch {
+	case probe.HTTPGet != nil:
+		return &workload.Probe{HTTP: p.httpGet(at.Child("httpGet"), c, probe.HTTPGet)}
+	case probe.TCPSocket != nil:
+		p.checkHost(at.Child("tcpSocket", "host"), probe.TCPSocket.Host)
+		return &workload.Probe{TCP: &workload.TCP{Port: p.port(at.Child("tcpSocket", "port"), c, probe.TCPSocket.Port)}}
+	case probe.GRPC != nil:
+		g := &workload.GRPC{Port: p.port(at.Child("grpc", "port"), c, intstr.FromInt32(probe.GRPC.Port))}
+		if probe.GRPC.Service != nil {
+			g.Service = *probe.GRPC.Service
+		}
+		if mode := probe.GRPC.Mode; mode != nil && *mode != corev1.GRPCProbeModePlaintext {
+			p.notBuilt(at.Child("grpc", "mode"), "a grpc probe by TLS")
+		}
+		return &workload.Probe{GRPC: g}
+	case probe.Exec != nil:
+		return &workload.Probe{Exec: p.exec(at.Child("exec"), probe.Exec)}
+	default:
+		p.list = append(p.list, field.Required(at, "say what the probe does: httpGet, tcpSocket, grpc or exec"))
+		return nil
+	}
+}
+
+// lifecycle returns the hooks, which are run inside the enclave, and the stop signal.
+func (p *problems) lifecycle(at *field.Path, c *corev1.Container) *workload.Lifecycle {
+	l := c.Lifecycle
+	if l == nil {
+		return nil
+	}
+	out := workload.Lifecycle{
+		PostStart: p.hook(at.Child("postStart"), c, l.PostStart),
+		PreStop:   p.hook(at.Child("preStop"), c, l.PreStop),
+	}
+	if l.StopSignal != nil {
+		out.StopSignal = string(*l.StopSignal)
+	}
+	if out == (workload.Lifecycle{}) {
+		return nil
+	}
+	return &out
+}
+
+func (p *problems) hook(at *field.Path, c *corev1.Container, hook *corev1.LifecycleHandler) *workload.Hook {
+	if hook == nil {
+		return nil
+	}
+	switch {
+	case hook.Exec != nil:
+		return &workload.Hook{Exec: p.exec(at.Child("exec"), hook.Exec)}
+	case hook.HTTPGet != nil:
+		return &workload.Hook{HTTP: p.httpGet(at.Child("httpGet"), c, hook.HTTPGet)}
+	case hook.Sleep != nil:
+		if hook.Sleep.Seconds == 0 {
+			return nil
+		}
+		return &workload.Hook{Sleep: hook.Sleep.Seconds}
+	case hook.TCPSocket != nil:
+		p.forbid(at.Child("tcpSocket"), "Kubernetes knows no such hook, and fails it when it is to be run: remove it")
+	default:
+		p.list = append(p.list, field.Required(at, "say what the hook does: exec, httpGet or sleep"))
+	}
+	return nil
+}
+
+func (p *problems) exec(at *field.Path, e *corev1.ExecAction) *workload.Exec {
+	if len(e.Command) == 0 {
+		p.list = append(p.list, field.Required(at.Child("command"), "name the command that is to be run"))
+	}
+	return &workload.Exec{Command: e.Command}
+}
+
+func (p *problems) httpGet(at *field.Path, c *corev1.Container, get *corev1.HTTPGetAction) *workload.HTTPGet {
+	p.checkHost(at.Child("host"), get.Host)
+	if proto := get.Protocol; proto != nil && *proto != corev1.HTTPProtocolHTTP1 {
+		p.notBuilt(at.Child("protocol"), "a protocol other than HTTP1")
+	}
+	h := &workload.HTTPGet{Port: p.port(at.Child("port"), c, get.Port)}
+	if get.Path != "" && get.Path != "/" {
+		h.Path = "/" + strings.TrimPrefix(get.Path, "/")
+	}
+	switch get.Scheme {
+	case "", corev1.URISchemeHTTP:
+	case corev1.URISchemeHTTPS:
+		h.Scheme = string(get.Scheme)
+	default:
+		p.list = append(p.list, field.NotSupported(at.Child("scheme"), get.Scheme, []corev1.URIScheme{corev1.URISchemeHTTP, corev1.URISchemeHTTPS}))
+	}
+	for _, e := range get.HTTPHeaders {
+		h.Headers = append(h.Headers, workload.Header{Name: e.Name, Value: e.Value})
+	}
+	return h
+}
+
+// checkHost refuses another target than the workload, which is what probes and hooks reach.
+func (p *problems) checkHost(at *field.Path, host string) {
+	if host != "" {
+		p.forbid(at, "inside the enclave only the workload itself can be reached, at 127.0.0.1: remove it")
+	}
+}
+
+// port resolves a port as the kubelet does: a name among the container's ports, else a number.
+func (p *problems) port(at *field.Path, c *corev1.Container, port intstr.IntOrString) uint32 {
+	n := int64(port.IntVal)
+	if port.Type == intstr.String {
+		i := slices.IndexFunc(c.Ports, func(cp corev1.ContainerPort) bool { return cp.Name == port.StrVal && port.StrVal != "" })
+		if i >= 0 {
+			n = int64(c.Ports[i].ContainerPort)
+		} else if v, err := strconv.ParseInt(port.StrVal, 10, 32); err == nil {
+			n = v
+		} else {
+			p.list = append(p.list, field.Invalid(at, port.StrVal, fmt.Sprintf("container %s has no port of this name", c.Name)))
+			return 0
+		}
+	}
+	if n < 1 || n > 65535 {
+		p.list = append(p.list, field.Invalid(at, n, "write a port from 1 to 65535"))
+		return 0
+	}
+	return uint32(n)
+}
+
+// terminationMessage returns where the workload leaves its last word, or nothing for the usual place.
+func (p *problems) terminationMessage(cp *field.Path, c *corev1.Container) string {
+	at := cp.Child("terminationMessagePath")
+	switch file := path.Clean(c.TerminationMessagePath); {
+	case c.TerminationMessagePath == "" || file == workload.DefaultTerminationMessagePath:
+		return ""
+	case !path.IsAbs(file) || file == "/":
+		p.list = append(p.list, field.Invalid(at, c.TerminationMessagePath, "write the absolute path of a file"))
+		return ""
+	case below(file, "/proc") || below(file, "/sys"):
+		p.forbid(at, "/proc and /sys are the enclave's own: choose another path")
+		return ""
+	default:
+		return file
+	}
+}
+
+// unknownActions refuses fields of the named container's probes and hooks that this version does not know:
+// the console's take their place, so they would be lost.
+func unknownActions(raw json.RawMessage, cp *field.Path) field.ErrorList {
+	var have map[string]json.RawMessage
+	if err := decode(raw, &have); err != nil {
+		return undecodable(err)
+	}
+	p := &problems{}
+	for _, f := range []struct {
+		name string
+		into any
+	}{{"startupProbe", &corev1.Probe{}}, {"livenessProbe", &corev1.Probe{}}, {"readinessProbe", &corev1.Probe{}}, {"lifecycle", &corev1.Lifecycle{}}} {
+		text, ok := have[f.name]
+		if !ok {
+			continue
+		}
+		dec := json.NewDecoder(bytes.NewReader(text))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(f.into); err != nil {
+			p.forbid(cp.Child(f.name), fmt.Sprintf("this version does not know all of it (%v), so the enclave could not honour it: remove that", err))
+		}
+	}
+	return p.list
+}
