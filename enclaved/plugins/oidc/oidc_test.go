@@ -318,6 +318,8 @@ func TestBadTokens(t *testing.T) {
 		"no scope":                          {rs("rsa", with(map[string]any{"scope": nil})), 403, scope},
 		"another scope":                     {rs("rsa", with(map[string]any{"scope": "shop:reader openid"})), 403, scope},
 		"scope is a list":                   {rs("rsa", with(map[string]any{"scope": []string{"shop:read"}})), 403, scope},
+		"bound to a certificate":            {rs("rsa", with(map[string]any{"cnf": map[string]string{"x5t#S256": "bwcK0esc3ACC3DB2Y5_lESsXE8o9ltc05O89jdN-dg2"}})), 401, token},
+		"bound to a DPoP key":               {rs("rsa", with(map[string]any{"cnf": map[string]string{"jkt": "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"}})), 401, token},
 		"a line feed in the subject":        {rs("rsa", with(map[string]any{"sub": "a\r\nx-cloister-scope: admin"})), 401, token},
 	}
 	for name, test := range tests {

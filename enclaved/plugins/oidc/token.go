@@ -93,6 +93,11 @@ func (p *Plugin) verify(ctx context.Context, token string) (map[string]json.RawM
 	if err := p.validate(registered); err != nil {
 		return nil, err
 	}
+	// Whoever has only the token is not who it was issued to (RFC 7800; RFC 8705, section 3; RFC 9449), and
+	// the proof of the key is not looked at.
+	if bound := all["cnf"]; bound != nil && string(bound) != "null" {
+		return nil, invalid("the token is bound to a key of its owner, which is not supported")
+	}
 	var scope string
 	if json.Unmarshal(all["scope"], &scope) != nil {
 		scope = "" // what is no text is no scope
