@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
@@ -153,12 +154,13 @@ func TestDenied(t *testing.T) {
 			mount(p, corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "s"}})
 		}, []string{"is a Secret"}},
 		"host PID namespace": {func(p *corev1.Pod) { p.Spec.HostPID = true }, []string{"hostPID"}},
-		"preStop hook": {func(p *corev1.Pod) {
-			app(p).Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/testapp"}}}}
-		}, []string{"preStop"}},
-		"tcp probe": {func(p *corev1.Pod) {
-			app(p).LivenessProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(8080)}}}
-		}, []string{"tcpSocket"}},
+		"hook by TCP": {func(p *corev1.Pod) {
+			app(p).Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(8080)}}}
+		}, []string{"preStop.tcpSocket"}},
+		"terminal":         {func(p *corev1.Pod) { app(p).TTY = true }, []string{"tty"}},
+		"a pod too small": {func(p *corev1.Pod) {
+			p.Spec.Resources = &corev1.ResourceRequirements{Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("256Mi")}}
+		}, []string{"spec.resources.limits[memory]"}},
 		"our port":        {func(p *corev1.Pod) { app(p).Ports[0].ContainerPort = 14021 }, []string{"14021"}},
 		"UDP":             {func(p *corev1.Pod) { app(p).Ports[0].Protocol = corev1.ProtocolUDP }, []string{"only TCP"}},
 		"privileged":      {func(p *corev1.Pod) { app(p).SecurityContext = &corev1.SecurityContext{Privileged: new(true)} }, []string{"privileged"}},
