@@ -157,7 +157,7 @@ func TestDenied(t *testing.T) {
 		"hook by TCP": {func(p *corev1.Pod) {
 			app(p).Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(8080)}}}
 		}, []string{"preStop.tcpSocket"}},
-		"terminal":         {func(p *corev1.Pod) { app(p).TTY = true }, []string{"tty"}},
+		"terminal": {func(p *corev1.Pod) { app(p).TTY = true }, []string{"tty"}},
 		"a pod too small": {func(p *corev1.Pod) {
 			p.Spec.Resources = &corev1.ResourceRequirements{Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("256Mi")}}
 		}, []string{"spec.resources.limits[memory]"}},
