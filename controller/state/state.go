@@ -39,6 +39,8 @@ const (
 	concurrency = 16
 	// maxMessage is the most that an Event's message may have, in bytes.
 	maxMessage = 1024
+	// maxPrefix is the most of a pod's name that an Event's begins with, in bytes.
+	maxPrefix = 200
 	// forget is the time after which an Event may be sent again; API servers keep Events for an hour.
 	forget = time.Hour
 )
@@ -190,7 +192,8 @@ func condition(pod *corev1.Pod, kind corev1.PodConditionType) *corev1.PodConditi
 // key, so that a new leader does not repeat what another has sent.
 func (w *Writer) event(ctx context.Context, pod *corev1.Pod, r Reason, key, detail string, now time.Time) error {
 	sum := sha256.Sum256([]byte(string(pod.UID) + " " + string(r) + " " + key))
-	name := pod.Name + "." + hex.EncodeToString(sum[:8])
+	// The API server would refuse a longer name in every round, and pods may have names of 253 bytes.
+	name := strings.TrimRight(pod.Name[:min(len(pod.Name), maxPrefix)], "-.") + "." + hex.EncodeToString(sum[:8])
 	full := pod.Namespace + "/" + name
 	w.mu.Lock()
 	_, done := w.sent[full]

@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
@@ -217,6 +218,7 @@ func TestEvents(t *testing.T) {
 	alone.OwnerReferences = nil
 	job := makePod("a")
 	job.OwnerReferences[0] = metav1.OwnerReference{APIVersion: "batch/v1", Kind: "Job", Name: "work", UID: "job", Controller: new(true)}
+	long := strings.Repeat("a", 199) + "-" + strings.Repeat("b", 53)
 	for name, tt := range map[string]struct {
 		pod      *corev1.Pod
 		snapshot *podmetrics.Snapshot
@@ -236,6 +238,7 @@ func TestEvents(t *testing.T) {
 		"another exit code":      {terminated(makePod("a"), 1, "the enclave was lost: says the workload"), running, start, "", "", ""},
 		"lost long ago":          {terminated(makePod("a"), 125, "the enclave was lost: killed"), running, start.Add(time.Hour), "", "", ""},
 		"nothing happened":       {makePod("a"), running, start, "", "", ""},
+		"pod with a long name":   {makePod(long), waiting, start, WaitingForImage, "Deployment web", "Pod " + long + ": " + table[WaitingForImage].sentence},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t, tt.pod)
@@ -256,6 +259,9 @@ func TestEvents(t *testing.T) {
 			e := list[0]
 			if e.Reason != string(tt.reason) || e.InvolvedObject.Kind+" "+e.InvolvedObject.Name != tt.owner || e.Message != tt.message || e.Type != "Warning" {
 				t.Errorf("%s %s on %v: %s", e.Type, e.Reason, e.InvolvedObject, e.Message)
+			}
+			if wrong := validation.IsDNS1123Subdomain(e.Name); len(wrong) > 0 {
+				t.Errorf("the name %q: %v", e.Name, wrong)
 			}
 		})
 	}
