@@ -28,10 +28,10 @@ const (
 // DefaultPluginTimeout is how long an authentication plugin may take for a request.
 const DefaultPluginTimeout = 200 * time.Millisecond
 
-const (
-	maxPlugins       = 16
-	maxPluginTimeout = 10 * time.Second
-)
+// MaxPlugins is how many plugins a manifest may have.
+const MaxPlugins = 16
+
+const maxPluginTimeout = 10 * time.Second
 
 // HeaderPrefix begins the names of headers that only the gateway and its plugins set: what a client
 // sends under such a name never reaches the workload.
@@ -235,8 +235,8 @@ func ascending(list []string) bool {
 }
 
 func (m *Manifest) validatePlugins(bad func(string, ...any), text func(string, ...string)) {
-	if len(m.Plugins) > maxPlugins {
-		bad("there are %d plugins, at most %d are accepted", len(m.Plugins), maxPlugins)
+	if len(m.Plugins) > MaxPlugins {
+		bad("there are %d plugins, at most %d are accepted", len(m.Plugins), MaxPlugins)
 	}
 	names, checked := map[string]bool{}, ""
 	for i := range m.Plugins {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	nodes "go.yaml.in/yaml/v3"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
@@ -75,6 +76,9 @@ var notBuilt = []string{
 
 // Parse reads a config. Errors have paths below path.
 func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
+	if err := noAliases(doc); err != nil {
+		return nil, field.ErrorList{field.Invalid(path, field.OmitValueType{}, err.Error())}
+	}
 	// The strict converter refuses duplicate keys, which would hide one of two settings.
 	data, err := yaml.YAMLToJSONStrict([]byte(doc))
 	if err != nil {
@@ -136,6 +140,23 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 		return nil, r.errs
 	}
 	return c, nil
+}
+
+// noAliases refuses aliases. They repeat what they stand for, so that a document of kilobytes would become
+// JSON of gigabytes.
+func noAliases(doc string) error {
+	var root nodes.Node
+	if err := nodes.Unmarshal([]byte(doc), &root); err != nil {
+		return fmt.Errorf("this is not YAML: %w", err)
+	}
+	for rest := []*nodes.Node{&root}; len(rest) > 0; {
+		n := rest[len(rest)-1]
+		if n.Kind == nodes.AliasNode {
+			return fmt.Errorf("line %d has the alias *%s: write out what it stands for", n.Line, n.Value)
+		}
+		rest = append(rest[:len(rest)-1], n.Content...)
+	}
+	return nil
 }
 
 // documents counts the YAML documents in doc that hold something.

@@ -32,6 +32,11 @@ func (r *reader) plugins(p *field.Path, raw json.RawMessage) []Plugin {
 	if !r.value(p, raw, &list, "a list of plugins") {
 		return nil
 	}
+	// Each of them may be dear to check.
+	if len(list) > workload.MaxPlugins {
+		r.errs = append(r.errs, field.TooMany(p, len(list), workload.MaxPlugins))
+		return nil
+	}
 	var out []Plugin
 	for i, raw := range list {
 		if plugin, ok := r.plugin(p.Index(i), raw); ok {
