@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,6 +21,10 @@ import (
 	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
 )
+
+// pollFiles is how often mounts are looked at where inotify is used up: a kernel has 128 instances for all
+// containers of one uid (fs.inotify.max_user_instances).
+const pollFiles = 5 * time.Second
 
 // runConsole is the console.
 func runConsole(args []string) int {
@@ -46,6 +51,12 @@ func runConsole(args []string) int {
 		for kind, d := range map[channel.ProbeKind]time.Duration{channel.ProbeKind_PROBE_KIND_STARTUP: *startup, channel.ProbeKind_PROBE_KIND_LIVENESS: *liveness} {
 			if d > 0 {
 				c.ProbeGrace[kind] = d
+			}
+		}
+		c.Supplied = console.Supplied{Environ: os.Environ(), Poll: pollFiles}
+		if list := os.Getenv(podenv.EnvMounts); list != "" {
+			if err := json.Unmarshal([]byte(list), &c.Supplied.Mounts); err != nil {
+				return console.ExitLost, console.LastWord{Message: fmt.Sprintf("%s must be a JSON array of paths: %v", podenv.EnvMounts, err)}
 			}
 		}
 		l, err := net.Listen("tcp", *listen)

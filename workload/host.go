@@ -78,8 +78,8 @@ var (
 	systemDirs = []string{"/", "/etc", "/home", "/opt", "/root", "/run", "/usr", "/usr/local", "/usr/local/share", "/usr/share", "/var", "/var/lib", "/var/run"}
 )
 
-// checkHostPath says why nothing of the host can be mounted at a clean absolute path.
-func checkHostPath(p string) error {
+// CheckHostPath says why nothing of the host can be mounted at p, a clean absolute path.
+func CheckHostPath(p string) error {
 	below := func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
 	switch {
 	case slices.Contains(systemDirs, p), slices.ContainsFunc(systemTrees, below), strings.HasPrefix(p, "/etc/ld.so"), strings.HasPrefix(p, "/etc/ld-musl-"):
@@ -130,7 +130,7 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 		if v.Kind != MountHost {
 			continue
 		}
-		if err := checkHostPath(v.Path); err != nil {
+		if err := CheckHostPath(v.Path); err != nil {
 			bad("mount: %w", err)
 		}
 		if v.ReadOnly || v.SizeLimit != 0 {

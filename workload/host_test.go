@@ -27,7 +27,7 @@ func TestCheckHostPath(t *testing.T) {
 		"/usr/bin/app": false, "/usr/local/lib/python3": false, "/proc/1": false, "/sys": false, "/dev/shm/x": false,
 		"/etc/passwd": false, "/etc/hosts": false, "/etc/resolv.conf": false, "/etc/ld.so.preload": false, "/etc/ld.so.conf.d/x.conf": false, "/etc/ld-musl-x86_64.path": false, "/etc/ssl/certs": false, "/etc/pki": false,
 	} {
-		if err := checkHostPath(p); (err == nil) != want {
+		if err := CheckHostPath(p); (err == nil) != want {
 			t.Errorf("%s: %v", p, err)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/workload"
@@ -182,7 +183,7 @@ func specOf(ctx context.Context, cfg Config, m *workload.Plugin, root string, ui
 		User:     &workload.User{UID: &id, GID: &id, NonRoot: true},
 		Security: &workload.Security{NoNewPrivileges: true, ReadOnlyRoot: true, DropCapabilities: []string{"ALL"}},
 		Mounts:   []workload.Mount{{Path: "/tmp", Kind: workload.MountTmpfs, SizeLimit: tmpSize}},
-	}, config, root, tmpSize)
+	}, config, root, tmpSize, host.Env{})
 }
 
 // wait returns when the plugin has served, at once for one that is not required.

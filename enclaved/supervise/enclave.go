@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/enclaved/gateway"
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/plugin"
 	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
@@ -52,15 +53,17 @@ type Enclave struct {
 	ports    *channel.HostPorts
 	vault    *vault.Vault
 	running  bool         // Run was called
-	relay    *relay.Relay // set by Run, as the four below
+	relay    *relay.Relay // set by Run, as the five below
 	outlets  *relay.Listeners
 	plugins  *plugin.Set
 	pod      *channel.Pod
+	values   *channel.HostValues // until the workload has them
 	// credentialsPort is the host's.
 	credentialsPort uint32
 	// inProcess is set before the workload is started.
 	inProcess *plugin.InProcessSet
 	process   *process.Process
+	files     *host.Files // set with the process
 	gateway   *gateway.Gateway
 	killed    string // why the workload did not end by itself, one sentence
 	events    *events

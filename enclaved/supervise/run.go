@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"cloister.dev/cloister/enclaved/gateway"
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/enclaved/plugins/logging"
 	"cloister.dev/cloister/enclaved/relay"
@@ -59,7 +60,7 @@ func (e *Enclave) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) e
 	}
 	e.credentialsPort = r.GetCredentialsPort()
 	e.relay = relay.New(e.secret, e.cfg.Guest, r.GetEgressPort(), endpoints)
-	e.pod = r.GetPod()
+	e.pod, e.values, r.Values = r.GetPod(), r.GetValues(), nil
 	exited := e.run(stream.Context(), &events{stream: stream})
 	slog.Info("the workload has ended", "code", exited.GetCode(), "message", exited.GetMessage())
 	return stream.Send(&channel.RunEvent{Event: &channel.RunEvent_Exited{Exited: exited}})
@@ -150,6 +151,10 @@ func (e *Enclave) run(ctx context.Context, out *events) *channel.Exited {
 
 // start gets the image and starts workload and gateway.
 func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sync.WaitGroup, error) {
+	supplied, err := host.Check(e.manifest, e.values)
+	if err != nil {
+		return nil, nil, err
+	}
 	out.progress("preparing the image", "")
 	root, scratch := filepath.Join(e.cfg.Dir, "root"), filepath.Join(e.cfg.Dir, "layers")
 	for _, dir := range []string{root, scratch} {
@@ -178,7 +183,11 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 		return nil, nil, err
 	}
 	out.progress("starting the workload", "")
-	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory)
+	spec, err := process.NewSpec(e.manifest, config, root, e.cfg.Memory, supplied)
+	if err != nil {
+		return nil, nil, err
+	}
+	files, err := e.deliverFiles(spec)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -222,7 +231,7 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 		pipes.Wait()
 		return nil, nil, err
 	}
-	e.process, e.gateway, e.events = p, g, out
+	e.process, e.gateway, e.events, e.files = p, g, out, files
 	return p, pipes, nil
 }
 

@@ -350,7 +350,7 @@ func (m *Machine) acquire(ctx context.Context) (*lease, error) {
 
 // Run implements podsock.PodServer. The first event is sent when the enclave is asked to run the
 // workload, not before: until then a Run that breaks may be tried again.
-func (m *Machine) Run(_ *podsock.RunRequest, stream podsock.Pod_RunServer) error {
+func (m *Machine) Run(r *podsock.RunRequest, stream podsock.Pod_RunServer) error {
 	l, err := m.acquire(stream.Context())
 	if errors.Is(err, errStopped) {
 		return stream.Send(&channel.RunEvent{Event: &channel.RunEvent_Exited{Exited: &channel.Exited{
@@ -384,7 +384,8 @@ func (m *Machine) Run(_ *podsock.RunRequest, stream podsock.Pod_RunServer) error
 	m.mu.Lock()
 	ports := m.state.ports
 	m.mu.Unlock()
-	events, err := e.client.Run(ctx, &channel.RunRequest{EgressPort: ports.egress, CredentialsPort: ports.credentials, Pod: m.cfg.Pod})
+	events, err := e.client.Run(ctx, &channel.RunRequest{EgressPort: ports.egress, CredentialsPort: ports.credentials, Pod: m.cfg.Pod, Values: r.GetValues()})
+	r.Values = nil // the enclave has them, and this call lasts as long as the workload
 	for err == nil {
 		var ev *channel.RunEvent
 		if ev, err = events.Recv(); err != nil {
@@ -449,6 +450,21 @@ func (m *Machine) follow(l *lease, ev *channel.RunEvent) (last bool) {
 		return true
 	}
 	return false
+}
+
+// Update implements podsock.PodServer.
+func (m *Machine) Update(ctx context.Context, r *channel.UpdateRequest) (*channel.UpdateResponse, error) {
+	m.mu.Lock()
+	l := m.current
+	m.mu.Unlock()
+	if l == nil {
+		return nil, status.Error(codes.Unavailable, "no workload runs")
+	}
+	out, err := l.enclave.client.Update(ctx, r)
+	if c := status.Code(err); c == codes.InvalidArgument || c == codes.ResourceExhausted {
+		m.cfg.Log.Error("the enclave refuses changed files of the host", "generation", l.enclave.generation, "error", message(err))
+	}
+	return out, err
 }
 
 // Probe implements podsock.PodServer. A kind of which the manifest has no probe succeeds while the

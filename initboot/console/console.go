@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podsock"
@@ -43,6 +44,8 @@ type Console struct {
 	// Grace is the pod's grace period, ProbeGrace that of probes which have one of their own.
 	Grace      time.Duration
 	ProbeGrace map[channel.ProbeKind]time.Duration
+	// Supplied goes with the run, and what changes of it afterwards.
+	Supplied Supplied
 
 	mu      sync.Mutex
 	started time.Time // of the workload
@@ -51,6 +54,10 @@ type Console struct {
 // Run runs the workload and returns the exit code and the termination message. It tries for ever to begin the run, but never begins a second one. When
 // stop ends it stops the workload, and returns within the grace period.
 func (c *Console) Run(stop context.Context) (code int, last LastWord) {
+	values, err := c.Supplied.Values()
+	if err != nil {
+		return ExitLost, LastWord{Message: err.Error()}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	overdue := make(chan struct{})
@@ -63,7 +70,7 @@ func (c *Console) Run(stop context.Context) (code int, last LastWord) {
 	ended := make(chan result, 1)
 	go func() {
 		for {
-			exited, begun, err := c.follow(ctx)
+			exited, begun, err := c.follow(ctx, values)
 			switch {
 			case exited != nil:
 				ended <- result{int(exited.GetCode()), LastWord{exited.GetMessage(), string(exited.GetTerminationMessage())}}
@@ -105,8 +112,8 @@ func lost(err error) string {
 
 // follow asks for the run and copies its output until it ends. Begun says that the enclave may have
 // started the workload.
-func (c *Console) follow(ctx context.Context) (exited *channel.Exited, begun bool, err error) {
-	stream, err := c.Pod.Run(ctx, &podsock.RunRequest{})
+func (c *Console) follow(ctx context.Context, values *channel.HostValues) (exited *channel.Exited, begun bool, err error) {
+	stream, err := c.Pod.Run(ctx, &podsock.RunRequest{Values: values})
 	if err != nil {
 		return nil, false, err
 	}
@@ -115,7 +122,14 @@ func (c *Console) follow(ctx context.Context) (exited *channel.Exited, begun boo
 		if err != nil {
 			return nil, begun, err
 		}
-		begun = true
+		if !begun {
+			begun = true
+			c.Supplied.Follow(ctx, values, func(ctx context.Context, m *channel.HostMount) error {
+				_, err := c.Pod.Update(ctx, &channel.UpdateRequest{Mount: m})
+				return err
+			})
+			proto.Reset(values) // the enclave has them
+		}
 		switch ev := ev.Event.(type) {
 		case *channel.RunEvent_Output:
 			w := c.Stdout

@@ -67,7 +67,7 @@ func (i *initboot) start(t *testing.T) {
 		return
 	}
 	machine := boot.New(i.cfg)
-	server := grpc.NewServer()
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(channel.MaxMessage))
 	podsock.RegisterPodServer(server, machine)
 	ctx, cancel := context.WithCancel(context.Background())
 	context.AfterFunc(ctx, server.Stop)
@@ -99,12 +99,17 @@ type result struct {
 
 func (i *initboot) console(t *testing.T, grace time.Duration) *running {
 	t.Helper()
+	return i.consoleWith(t, grace, Supplied{})
+}
+
+func (i *initboot) consoleWith(t *testing.T, grace time.Duration, supplied Supplied) *running {
+	t.Helper()
 	conn, err := podsock.Dial(i.socket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := &running{result: make(chan result, 1)}
-	r.Console = &Console{Pod: podsock.NewPodClient(conn), Stdout: &r.stdout, Stderr: &r.stderr, Grace: grace}
+	r.Console = &Console{Pod: podsock.NewPodClient(conn), Stdout: &r.stdout, Stderr: &r.stderr, Grace: grace, Supplied: supplied}
 	stop, cancel := context.WithCancel(context.Background())
 	r.stop = cancel
 	t.Cleanup(func() {

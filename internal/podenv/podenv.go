@@ -18,6 +18,15 @@ const (
 	EnvPodUID       = EnvPrefix + "POD_UID"
 )
 
+// Environment of the console. What the kubelet resolves for the workload stands there under names that mean
+// nothing to the console itself, to its runtime and to whatever else sets variables in a container.
+const (
+	EnvValue = EnvPrefix + "ENV_"  // and the name of a variable of the pod's env
+	EnvFrom  = EnvPrefix + "FROM_" // and the name of a variable of its envFrom
+
+	EnvMounts = EnvPrefix + "MOUNTS" // JSON array of paths whose files the workload gets; unset for none
+)
+
 // Environment of the sidecar.
 const (
 	EnvPorts     = EnvPrefix + "PORTS"      // JSON array of the port numbers on which Envoy listens

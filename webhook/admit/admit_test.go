@@ -84,7 +84,7 @@ func TestHandle(t *testing.T) {
 	if denied.Allowed || denied.Patch != nil || denied.Result.Code != http.StatusForbidden || denied.Result.Reason != "Invalid" {
 		t.Errorf("denied: %+v", denied)
 	}
-	for _, want := range []string{"name it by digest", "envFrom is not built yet", "a persistent volume claim"} {
+	for _, want := range []string{"name it by digest", "a persistent volume claim"} {
 		if !strings.Contains(denied.Result.Message, want) {
 			t.Errorf("message lacks %q: %s", want, denied.Result.Message)
 		}

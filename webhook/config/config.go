@@ -54,6 +54,12 @@ type EnclaveConfig struct {
 	TLS string
 	// Pin is PinNever, or empty for tags that are resolved at admission. It is no part of the manifest.
 	Pin string
+	// HostEnv names variables that the host may supply although they are refused otherwise, in ascending order.
+	HostEnv []string
+	// HostFiles are the mount paths of shared emptyDir volumes whose files the host supplies, in ascending order.
+	HostFiles []string
+	// ServiceAccountToken gives the workload the token of the pod's service account, which the host supplies.
+	ServiceAccountToken bool
 }
 
 // PinNever refuses an image that is not named by digest.
@@ -71,7 +77,7 @@ type Port struct {
 
 // notBuilt are the fields of the design that this version refuses.
 var notBuilt = []string{
-	"debug", "eif", "hostEnv", "hostFiles", "nsm", "serviceAccountToken",
+	"debug", "eif", "nsm",
 }
 
 // Parse reads a config. Errors have paths below path.
@@ -129,10 +135,16 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 			c.TLS = r.tls(p, raw)
 		case key == "pin":
 			c.Pin = r.pin(p, raw)
+		case key == "hostEnv":
+			c.HostEnv = r.hostEnv(p, raw)
+		case key == "hostFiles":
+			c.HostFiles = r.hostFiles(p, raw)
+		case key == "serviceAccountToken":
+			r.value(p, raw, &c.ServiceAccountToken, "true or false")
 		case slices.Contains(notBuilt, key):
 			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
 		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "kms", "logs", "pin", "plugins", "secrets", "tls"}, notBuilt...)
+			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "hostEnv", "hostFiles", "kms", "logs", "pin", "plugins", "secrets", "serviceAccountToken", "tls"}, notBuilt...)
 			r.unknown(p, key, known)
 		}
 	}

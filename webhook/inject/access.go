@@ -23,6 +23,7 @@ func HostAccess(m *workload.Manifest) []string {
 			"the host can read: names, sizes and times of connections to egress",
 			"the host can read and change: what the workload sends to egress without encryption of its own")
 	}
+	out = append(out, hostAccess(m)...)
 	out = append(out, kmsAccess(m)...)
 	if m.Plugin(workload.PluginAuthentication) != nil {
 		out = append(out, "the host can read: stdout and stderr of plugins")

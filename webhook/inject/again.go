@@ -54,7 +54,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 
 	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
 	console := corev1.Container{
-		Image: opts.InitbootImage, Command: consoleCommand(spec, c), VolumeMounts: []corev1.VolumeMount{mountRun, mountNoToken},
+		Image: opts.InitbootImage, Command: consoleCommand(spec, c), Env: consoleMounts(m), VolumeMounts: append([]corev1.VolumeMount{mountRun}, noToken(m)...),
 	}
 	var ops []Op
 	if isConsoleCommand(c.Command) && !slices.Equal(c.Command, console.Command) {
@@ -62,9 +62,9 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 		ops = append(ops, Op{Op: "replace", Path: fmt.Sprintf("/spec/containers/%d/command", index), Value: console.Command})
 		console.Command = c.Command
 	}
-	p.compare(cp, c, console)
+	p.compare(cp, p.compareHost(cp, c, m), console)
 	p.compareVolumes(spec, c)
-	p.compareConfig(meta, m, memory)
+	p.compareConfig(meta, spec, c, m, memory)
 	if want := measurements(canonical); meta.Annotations[annotation.Measurements] != want {
 		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")
 	}
@@ -212,15 +212,15 @@ func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Containe
 }
 
 // compareConfig reports a config that was changed after the manifest was made from it.
-func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, memory int64) {
+func (p *problems) compareConfig(meta *metav1.ObjectMeta, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory int64) {
 	cfg := &config.EnclaveConfig{}
 	at := annotationsPath.Key(annotation.Config)
 	if doc, ok := meta.Annotations[annotation.Config]; ok {
-		c, errs := config.Parse(doc, at)
+		parsed, errs := config.Parse(doc, at)
 		if len(errs) > 0 {
 			return // reported already
 		}
-		cfg = c
+		cfg = parsed
 	}
 	if cfg.Memory != 0 && cfg.Memory != memory {
 		p.forbid(at.Child("memory"), "it is not what was injected")
@@ -233,6 +233,7 @@ func (p *problems) compareConfig(meta *metav1.ObjectMeta, m *workload.Manifest, 
 	}
 	p.comparePlugins(at, cfg, m)
 	p.compareKMS(at, cfg, m)
+	p.compareHostConfig(at, cfg, m, spec, c)
 	for _, port := range m.Ports {
 		if served(cfg, port.Name, port.Port) != port {
 			p.forbid(at.Child("ports"), fmt.Sprintf("what it says about port %d is not what was injected", port.Port))

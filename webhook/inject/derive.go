@@ -29,7 +29,9 @@ type decision struct {
 	index        int // of the named container in spec.containers
 	config       *config.EnclaveConfig
 	memory       int64 // of the enclave, in bytes
-	warnings     []string
+	// resourceFields are the values of the container's resourceFieldRefs, by index in its env.
+	resourceFields map[int]string
+	warnings       []string
 }
 
 // Derive returns the workload manifest of the container that the annotation cloister.dev/enclave names,
@@ -81,13 +83,13 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 	if arch, ok := spec.NodeSelector[corev1.LabelArchStable]; ok && "linux/"+arch != workload.DefaultPlatform {
 		m.Image.Platform = "linux/" + arch
 	}
-	m.Env = p.env(cp, c, d.config.KMS != nil)
+	p.env(cp, c, d.config, m)
 	m.User, m.Security = p.security(cp, spec.SecurityContext, c.SecurityContext)
 	m.Ports = p.ports(cp.Child("ports"), c, d.config)
 	m.Probes = p.probes(cp, c)
 	m.Lifecycle = p.lifecycle(cp.Child("lifecycle"), c)
 	m.TerminationMessagePath = p.terminationMessage(cp, c)
-	m.Mounts = p.mounts(cp, spec, c)
+	m.Mounts = p.mounts(cp, spec, c, d.config)
 	m.Egress = p.egress(m, d.config)
 	m.HostAliases = p.hostAliases(spec, m)
 	m.Plugins, d.pluginImages = plugins(d.config, m.Image.Platform)
@@ -106,6 +108,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 		}
 	}
 	p.checkPodResources(spec, d)
+	d.resourceFields = p.resourceFields(cp, c, d.config, d.memory)
 	if len(p.list) > 0 {
 		return nil, p.list
 	}
@@ -180,24 +183,6 @@ func cloudMount(mountPath string) bool {
 		}
 	}
 	return false
-}
-
-func (p *problems) env(cp *field.Path, c *corev1.Container, kms bool) []workload.EnvVar {
-	for i := range c.EnvFrom {
-		p.notBuilt(cp.Child("envFrom").Index(i), "envFrom")
-	}
-	var out []workload.EnvVar
-	for i, e := range c.Env {
-		path := cp.Child("env").Index(i)
-		switch {
-		case cloudEnv(e.Name), kms && isCredential(e):
-		case e.ValueFrom != nil:
-			p.notBuilt(path.Child("valueFrom"), "valueFrom")
-		default:
-			out = append(out, workload.EnvVar{Name: e.Name, Value: e.Value})
-		}
-	}
-	return out
 }
 
 func (p *problems) security(cp *field.Path, pod *corev1.PodSecurityContext, sc *corev1.SecurityContext) (*workload.User, *workload.Security) {
@@ -363,7 +348,7 @@ func volume(spec *corev1.PodSpec, name string) *corev1.Volume {
 	return nil
 }
 
-func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Container) []workload.Mount {
+func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Container, cfg *config.EnclaveConfig) []workload.Mount {
 	for i := range c.VolumeDevices {
 		p.forbid(cp.Child("volumeDevices").Index(i), "a device of the host cannot be given to an enclave: remove it")
 	}
@@ -374,7 +359,7 @@ func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Contai
 		if tokenMount(spec, m) || cloudMount(m.MountPath) {
 			continue
 		}
-		if w, ok := p.mount(path, spec, c, m); ok {
+		if w, ok := p.mount(path, spec, c, m, cfg); ok {
 			if volumes[w.Path] != "" {
 				p.list = append(p.list, field.Duplicate(path.Child("mountPath"), m.MountPath))
 			}
@@ -382,13 +367,15 @@ func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Contai
 			out = append(out, w)
 		}
 	}
+	p.checkHostFiles(spec, c, cfg)
+	out = p.token(spec, cfg, out)
 	// A parent before what is mounted below it, whatever the author's order.
 	slices.SortFunc(out, func(a, b workload.Mount) int { return strings.Compare(a.Path, b.Path) })
 	numberVolumes(out, volumes)
 	return out
 }
 
-func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Container, m *corev1.VolumeMount) (workload.Mount, bool) {
+func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Container, m *corev1.VolumeMount, cfg *config.EnclaveConfig) (workload.Mount, bool) {
 	before := len(p.list)
 	if m.SubPathExpr != "" {
 		p.notBuilt(at.Child("subPathExpr"), "subPathExpr")
@@ -414,9 +401,12 @@ func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Contain
 		p.list = append(p.list, field.Invalid(at.Child("name"), m.Name, "the pod has no volume of this name"))
 		return w, false
 	}
+	if hostVolume(v) {
+		return p.hostMount(at, c, v, m, w), len(p.list) == before
+	}
 	// A volume without a source is an emptyDir: the API server fills it in.
 	if v.EmptyDir == nil && v.VolumeSource != (corev1.VolumeSource{}) {
-		p.forbid(at, fmt.Sprintf("volume %s is %s: only an emptyDir of its own can be mounted into an enclave, other volumes are not built yet", m.Name, source(v)))
+		p.forbid(at, fmt.Sprintf("volume %s is %s: only ConfigMap, Secret, projected and downward API volumes and emptyDirs can be mounted into an enclave", m.Name, source(v)))
 		return w, false
 	}
 	if e := v.EmptyDir; e != nil {
@@ -430,13 +420,9 @@ func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Contain
 			w.SizeLimit = e.SizeLimit.Value()
 		}
 	}
-	for _, l := range containerLists(spec) {
-		for i := range l.containers {
-			other := &l.containers[i]
-			if other != c && slices.ContainsFunc(other.VolumeMounts, func(o corev1.VolumeMount) bool { return o.Name == m.Name }) {
-				p.forbid(at, fmt.Sprintf("emptyDir %s is shared with container %s, which the enclave cannot see: sharing files (hostFiles) is not built yet", m.Name, other.Name))
-			}
-		}
+	if other := sharedWith(spec, c, m.Name); other != "" {
+		ok := p.sharedFiles(at, m, cfg, other)
+		return p.hostMount(at, c, v, m, w), ok && len(p.list) == before
 	}
 	return w, len(p.list) == before
 }
@@ -453,10 +439,6 @@ func source(v *corev1.Volume) string {
 	}{
 		{s.PersistentVolumeClaim != nil, "a persistent volume claim"},
 		{s.HostPath != nil, "a hostPath"},
-		{s.ConfigMap != nil, "a ConfigMap"},
-		{s.Secret != nil, "a Secret"},
-		{s.Projected != nil, "projected"},
-		{s.DownwardAPI != nil, "from the downward API"},
 		{s.Ephemeral != nil, "an ephemeral volume claim"},
 		{s.CSI != nil, "of a CSI driver"},
 		{s.Image != nil, "an image"},

@@ -161,6 +161,7 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	var have map[string]json.RawMessage
 	var lists struct {
 		Env          []json.RawMessage `json:"env"`
+		EnvFrom      []json.RawMessage `json:"envFrom"`
 		VolumeMounts []json.RawMessage `json:"volumeMounts"`
 	}
 	if err := decode(raw, &have); err != nil {
@@ -187,21 +188,26 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 		ops = append(ops, add(base+"terminationMessagePath", corev1.TerminationMessagePathDefault))
 	}
 
-	// What the cloud's identity webhook added is not the workload's and stays.
-	var env []json.RawMessage
-	for i, e := range c.Env {
-		if cloudEnv(e.Name) {
-			env = append(env, lists.Env[i])
+	env, from, err := consoleEnv(c, lists.Env, lists.EnvFrom, d)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range []struct {
+		name string
+		list []any
+	}{{"env", env}, {"envFrom", from}} {
+		if len(l.list) > 0 {
+			ops = append(ops, add(base+l.name, l.list))
+		} else {
+			remove(l.name)
 		}
 	}
-	if len(env) > 0 {
-		ops = append(ops, add(base+"env", env))
-	} else {
-		remove("env")
+	mounts := []any{mountRun}
+	for _, m := range noToken(d.manifest) {
+		mounts = append(mounts, m)
 	}
-	mounts := []any{mountRun, mountNoToken}
 	for i := range c.VolumeMounts {
-		if cloudMount(c.VolumeMounts[i].MountPath) {
+		if m := &c.VolumeMounts[i]; cloudMount(m.MountPath) || isHostMount(d.manifest, m) {
 			mounts = append(mounts, lists.VolumeMounts[i])
 		}
 	}
@@ -215,7 +221,12 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	if l, ok := limits["limits"].(map[string]any); ok && !guaranteed(spec) {
 		delete(l, string(corev1.ResourceCPU))
 	}
-	security, err := merge(have["securityContext"], confined())
+	context := confined()
+	if rootConsole(spec, c, d.manifest) {
+		root, no := int64(0), false
+		context.RunAsUser, context.RunAsGroup, context.RunAsNonRoot = &root, &root, &no
+	}
+	security, err := merge(have["securityContext"], context)
 	if err != nil {
 		return nil, err
 	}

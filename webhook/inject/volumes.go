@@ -27,7 +27,8 @@ func (p *problems) subPath(at *field.Path, m *corev1.VolumeMount) string {
 }
 
 // numberVolumes gives mounts that show one volume, whose name is no part of the manifest, the same number.
-// A directory of a volume that nobody else shows is as good as the whole. Names are by path.
+// A directory of a volume that nobody else shows is as good as the whole. Names are by path. What the host
+// supplies has no number: each mount is supplied by itself.
 func numberVolumes(mounts []workload.Mount, names map[string]string) {
 	shown := map[string]int{}
 	for _, m := range mounts {
@@ -36,6 +37,9 @@ func numberVolumes(mounts []workload.Mount, names map[string]string) {
 	numbers := map[string]int{}
 	for i := range mounts {
 		m := &mounts[i]
+		if m.Kind == workload.MountHost {
+			continue
+		}
 		name := names[m.Path]
 		if shown[name] < 2 {
 			m.SubPath = ""

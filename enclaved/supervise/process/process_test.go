@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/workload"
 )
@@ -101,7 +102,7 @@ type started struct {
 
 func start(t *testing.T, root string, m *workload.Manifest, c *image.Config) (*started, error) {
 	t.Helper()
-	spec, err := NewSpec(m, c, root, 8<<20)
+	spec, err := NewSpec(m, c, root, 8<<20, host.Env{})
 	if err != nil {
 		return nil, err
 	}

@@ -71,12 +71,21 @@ func newRoot(s *Spec) error {
 	if err := writeFiles(s.Hosts); err != nil {
 		return err
 	}
-	if err := userMounts(s); err != nil {
+	bind := func(i int) error {
+		if err := attach(binds[i], s.Binds[i]); err != nil {
+			return fmt.Errorf("mount %s: %w", s.Binds[i].Target, err)
+		}
+		return nil
+	}
+	bound, err := userMounts(s, bind)
+	if err != nil {
 		return err
 	}
-	for i, b := range s.Binds {
-		if err := attach(binds[i], b.Target); err != nil {
-			return fmt.Errorf("mount %s: %w", b.Target, err)
+	for i := range s.Binds {
+		if !bound[i] {
+			if err := bind(i); err != nil {
+				return err
+			}
 		}
 	}
 	if err := os.MkdirAll(s.Dir, 0o755); err != nil {
@@ -108,9 +117,10 @@ func openBinds(binds []Bind) ([]*os.File, error) {
 	return out, nil
 }
 
-// attach mounts a cloned tree at target, which is made.
-func attach(tree *os.File, target string) error {
+// attach mounts the cloned tree of a bind at its target, which is made.
+func attach(tree *os.File, b Bind) error {
 	defer tree.Close()
+	target := b.Target
 	i, err := tree.Stat()
 	if err != nil {
 		return err
@@ -133,7 +143,11 @@ func attach(tree *os.File, target string) error {
 	if err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return err
 	}
-	return unix.MountSetattr(unix.AT_FDCWD, target, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV})
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV}
+	if b.ReadOnly {
+		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
+	}
+	return unix.MountSetattr(unix.AT_FDCWD, target, 0, &attr)
 }
 
 // kernelMounts mounts /proc, /sys and /dev.
@@ -244,17 +258,30 @@ func writeFiles(hosts []string) error {
 	return nil
 }
 
-// userMounts makes the mounts of the manifest, those above others first.
-func userMounts(s *Spec) error {
+// userMounts makes the mounts of the manifest, those above others first. It returns which binds are among
+// them.
+func userMounts(s *Spec, bind func(int) error) (bound map[int]bool, err error) {
+	bound = map[int]bool{}
 	mounts := slices.Clone(s.Mounts)
 	slices.SortFunc(mounts, func(a, b workload.Mount) int { return cmp.Compare(a.Path, b.Path) })
 	shared, err := sharedVolumes(s, mounts)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for i, m := range mounts {
+		if m.Kind == workload.MountHost {
+			j := slices.IndexFunc(s.Binds, func(b Bind) bool { return b.Target == m.Path })
+			if j < 0 {
+				return nil, fmt.Errorf("nothing is there to mount at %s", m.Path)
+			}
+			if err := bind(j); err != nil {
+				return nil, err
+			}
+			bound[j] = true
+			continue
+		}
 		if err := os.MkdirAll(m.Path, 0o755); err != nil {
-			return fmt.Errorf("make the mount point %s: %w", m.Path, err)
+			return nil, fmt.Errorf("make the mount point %s: %w", m.Path, err)
 		}
 		if m.Volume != 0 {
 			err = attachVolume(shared[i], m)
@@ -262,8 +289,8 @@ func userMounts(s *Spec) error {
 			err = mountTmpfs(s, m, m.Path)
 		}
 		if err != nil {
-			return fmt.Errorf("mount a tmpfs at %s: %w", m.Path, err)
+			return nil, fmt.Errorf("mount a tmpfs at %s: %w", m.Path, err)
 		}
 	}
-	return nil
+	return bound, nil
 }

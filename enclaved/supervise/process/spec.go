@@ -3,6 +3,7 @@ package process
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/workload"
 )
@@ -30,10 +32,11 @@ type Spec struct {
 	GID    int      `json:"gid"`
 	Groups []int    `json:"groups"` // supplementary, GID included
 	// Capabilities are numbers (include/uapi/linux/capability.h): the bounding set, and what uid 0 has.
-	Capabilities    []int            `json:"capabilities"`
-	NoNewPrivileges bool             `json:"noNewPrivileges"`
-	ReadOnlyRoot    bool             `json:"readOnlyRoot"`
-	Mounts          []workload.Mount `json:"mounts"`
+	Capabilities    []int `json:"capabilities"`
+	NoNewPrivileges bool  `json:"noNewPrivileges"`
+	ReadOnlyRoot    bool  `json:"readOnlyRoot"`
+	// Mounts of the kind host have a bind for their path.
+	Mounts []workload.Mount `json:"mounts"`
 	// MountSize is the size in bytes of a mount that has no limit of its own.
 	MountSize int64 `json:"mountSize"`
 	// Binds are files and directories from outside that the command finds in its root.
@@ -54,13 +57,15 @@ type Spec struct {
 // Bind is a file or directory of the enclave that is mounted at Target, an absolute path, without setuid
 // programs and devices.
 type Bind struct {
-	Source string `json:"source"`
-	Target string `json:"target"`
+	Source   string `json:"source"`
+	Target   string `json:"target"`
+	ReadOnly bool   `json:"readOnly,omitempty"`
 }
 
 // NewSpec combines a manifest with the configuration of its image, which is unpacked in root, as a
 // container runtime does for the kubelet. Memory is what a mount without a limit may take, in bytes.
-func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64) (*Spec, error) {
+// Supplied are the variables of the host, as the manifest lists them.
+func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64, supplied host.Env) (*Spec, error) {
 	s := &Spec{Root: root, Mounts: m.Mounts, MountSize: memory, literals: map[string]string{}}
 	env := environment{}
 	env.set(defaultPath)
@@ -68,13 +73,24 @@ func NewSpec(m *workload.Manifest, c *image.Config, root string, memory int64) (
 	for _, e := range c.Env {
 		env.set(e)
 	}
+	// The order is the kubelet's: envFrom before env (pkg/kubelet, makeEnvironmentVariables).
 	expanded := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(supplied.From)) {
+		expanded[name] = supplied.From[name]
+		env.set(name + "=" + expanded[name])
+	}
 	lookup := func(name string) (string, bool) { v, ok := expanded[name]; return v, ok }
 	for _, e := range m.Env {
 		// In the author's order: a value refers to those before it, and not to the image's.
-		expanded[e.Name] = expand(e.Value, lookup)
 		s.literals[e.Name] = e.Value
-		env.set(e.Name + "=" + expanded[e.Name])
+		value, ok := expand(e.Value, lookup), true
+		if e.Host {
+			value, ok = supplied.Listed[e.Name]
+		}
+		if ok {
+			expanded[e.Name] = value
+			env.set(e.Name + "=" + value)
+		}
 	}
 	for _, a := range arguments(m, c) {
 		s.Args = append(s.Args, expand(a, lookup))

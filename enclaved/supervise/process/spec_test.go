@@ -3,12 +3,14 @@ package process
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/cloister/enclaved/host"
 	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/workload"
 )
@@ -91,7 +93,7 @@ func TestArguments(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			m := &workload.Manifest{Command: test.command, Args: test.args, Env: []workload.EnvVar{{Name: "A", Value: "1"}, {Name: "B", Value: "$(A)/2"}}}
-			s, err := NewSpec(m, test.config, accounts(t), 1)
+			s, err := NewSpec(m, test.config, accounts(t), 1, host.Env{})
 			if (err != nil) != test.fails {
 				t.Fatal(err)
 			}
@@ -104,13 +106,45 @@ func TestArguments(t *testing.T) {
 	}
 }
 
+// TestHostEnvironment: envFrom, then env in its order, in which a later value refers to those before it. What
+// the author wrote wins over the host.
+func TestHostEnvironment(t *testing.T) {
+	m := manifest("/app", "$(FROM) $(BOTH) $(UNSET) $(LITERAL)")
+	m.EnvFrom = true
+	m.Env = []workload.EnvVar{
+		{Name: "EARLY", Value: "$(LISTED)"}, {Name: "LISTED", Host: true}, {Name: "LATE", Value: "$(LISTED)/$(FROM)/$$(LISTED)"},
+		{Name: "BOTH", Host: true}, {Name: "UNSET", Host: true}, {Name: "LITERAL", Value: "mine"},
+	}
+	s, err := NewSpec(m, &image.Config{Env: []string{"PATH=/image", "FROM=image"}}, accounts(t), 1, host.Env{
+		Listed: map[string]string{"LISTED": "$(FROM)", "BOTH": "listed"},
+		From:   map[string]string{"FROM": "f", "BOTH": "from", "UNSET": "from", "LITERAL": "host"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"PATH=/image", "HOSTNAME=enclave", "FROM=f", "BOTH=listed", "LITERAL=mine", "UNSET=from",
+		"EARLY=$(LISTED)", "LISTED=$(FROM)", "LATE=$(FROM)/f/$(LISTED)", "HOME=/root",
+	}
+	if diff := cmp.Diff(want, s.Env); diff != "" {
+		t.Errorf("env (-want +got):\n%s", diff)
+	}
+	if want := "f listed from mine"; s.Args[1] != want {
+		t.Errorf("argument %q, want %q", s.Args[1], want)
+	}
+	// The kubelet knows no value of a valueFrom here.
+	if got := s.ProbeArgs([]string{"$(LISTED)", "$(LITERAL)", "$(FROM)"}); !slices.Equal(got, []string{"", "mine", "$(FROM)"}) {
+		t.Errorf("arguments of a probe: %q", got)
+	}
+}
+
 func TestEnvironment(t *testing.T) {
 	m := manifest("/app")
 	m.Env = []workload.EnvVar{
 		{Name: "LATER", Value: "$(A)"}, {Name: "A", Value: "1"}, {Name: "A", Value: "$(A)2"},
 		{Name: "I", Value: "mine"}, {Name: "HOME", Value: "/h"}, {Name: "EQ", Value: "a=b"},
 	}
-	s, err := NewSpec(m, &image.Config{Env: []string{"I=image", "J=image", "broken", "=x"}}, accounts(t), 1)
+	s, err := NewSpec(m, &image.Config{Env: []string{"I=image", "J=image", "broken", "=x"}}, accounts(t), 1, host.Env{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +189,7 @@ func TestUser(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := manifest("/app")
 			m.User = test.user
-			s, err := NewSpec(m, &image.Config{User: test.image}, accounts(t), 1)
+			s, err := NewSpec(m, &image.Config{User: test.image}, accounts(t), 1, host.Env{})
 			if test.err != "" {
 				if err == nil || !strings.Contains(err.Error(), test.err) {
 					t.Errorf("got %v, want %q", err, test.err)
@@ -200,7 +234,7 @@ func TestAccountsOfHostileImages(t *testing.T) {
 			if err := test.spoil(filepath.Join(root, "etc/passwd")); err != nil {
 				t.Fatal(err)
 			}
-			_, err := NewSpec(manifest("/app"), &image.Config{User: "web"}, root, 1)
+			_, err := NewSpec(manifest("/app"), &image.Config{User: "web"}, root, 1, host.Env{})
 			if err == nil || !strings.Contains(err.Error(), test.err) {
 				t.Errorf("got %v, want %q", err, test.err)
 			}
@@ -229,12 +263,12 @@ func TestWhoseStopSignal(t *testing.T) {
 	c := &image.Config{StopSignal: "SIGQUIT"}
 	for want, stop := range map[unix.Signal]string{unix.SIGQUIT: "", unix.SIGTERM: "SIGTERM", unix.SIGUSR1: "SIGUSR1"} {
 		m.Lifecycle = &workload.Lifecycle{StopSignal: stop}
-		if s, err := NewSpec(m, c, t.TempDir(), 1); err != nil || s.StopSignal != want {
+		if s, err := NewSpec(m, c, t.TempDir(), 1, host.Env{}); err != nil || s.StopSignal != want {
 			t.Errorf("%q: got %v, %v", stop, s, err)
 		}
 	}
 	m.Lifecycle.StopSignal = "SIGNONE"
-	if _, err := NewSpec(m, c, t.TempDir(), 1); err == nil || !strings.Contains(err.Error(), `the pod's stop signal: "SIGNONE" is not a signal`) {
+	if _, err := NewSpec(m, c, t.TempDir(), 1, host.Env{}); err == nil || !strings.Contains(err.Error(), `the pod's stop signal: "SIGNONE" is not a signal`) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -43,6 +43,8 @@ type Driver struct {
 	OtherEIF string
 	// Probe, when set, answers probes.
 	Probe func(*channel.ProbeRequest) *channel.ProbeResponse
+	// Update, when set, answers updates of files.
+	Update func(*channel.HostMount) error
 	// Stats is what enclaves count.
 	Stats *channel.StatsResponse
 
@@ -267,6 +269,10 @@ func (s server) Run(r *channel.RunRequest, stream channel.Enclave_RunServer) err
 
 func (s server) Probe(_ context.Context, r *channel.ProbeRequest) (*channel.ProbeResponse, error) {
 	return s.e.d.Probe(r), nil
+}
+
+func (s server) Update(_ context.Context, r *channel.UpdateRequest) (*channel.UpdateResponse, error) {
+	return &channel.UpdateResponse{}, s.e.d.Update(r.GetMount())
 }
 
 func (s server) Stats(context.Context, *channel.StatsRequest) (*channel.StatsResponse, error) {

@@ -111,6 +111,14 @@ func main() {
 			info, _ := os.Stat(name)
 			fmt.Println(string(b), info.Mode(), err)
 		}
+	case "becomes":
+		// Waits until a file has a content.
+		for {
+			if b, _ := os.ReadFile(os.Args[2]); string(b) == os.Args[3] {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
 	case "same":
 		// Succeeds when it sees the workload as PID 1 and is somebody else with the same rights.
 		comm, _ := os.ReadFile("/proc/1/cmdline")
