@@ -121,7 +121,7 @@ func TestDenied(t *testing.T) {
 	}
 	claim := corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data"}}
 	fromField := corev1.EnvVar{Name: "NODE", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}
-	tag := func(p *corev1.Pod) { app(p).Image = registryHost + "/testapp:e2e" }
+	tag := func(p *corev1.Pod) { app(p).Image = registryHost + "/testapp:e2e@sha256:short" }
 	config := func(p *corev1.Pod, line string) {
 		p.Annotations["cloister.dev/config"] = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n" + line + "\n"
 	}
@@ -142,7 +142,7 @@ func TestDenied(t *testing.T) {
 		"misspelt":          {func(p *corev1.Pod) { p.Annotations = map[string]string{"cloister.dev/enclav": "app"} }, []string{"cloister.dev/enclav", `did you mean "cloister.dev/enclave"`}},
 		"missing container": {func(p *corev1.Pod) { p.Annotations["cloister.dev/enclave"] = "ap" }, []string{"cloister.dev/enclave", `"ap"`}},
 		"only config":       {func(p *corev1.Pod) { config(p, "cpus: 2"); delete(p.Annotations, "cloister.dev/enclave") }, []string{"cloister.dev/enclave"}},
-		"tag":               {tag, []string{"digest"}},
+		"half a digest":     {tag, []string{"digest"}},
 		"valueFrom":         {func(p *corev1.Pod) { app(p).Env = []corev1.EnvVar{fromField} }, []string{"valueFrom"}},
 		"envFrom": {func(p *corev1.Pod) {
 			app(p).EnvFrom = []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "c"}}}}

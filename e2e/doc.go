@@ -10,6 +10,7 @@
 //	death_test.go           whatever dies, nobody hangs and the pod serves again
 //	admission_test.go       what is left alone, and what is denied
 //	layers_test.go          images that are wrong, slow or not there
+//	images_test.go       tags, pull secrets, and pods that were injected offline
 //	rollout_test.go         a rolling restart without a failed request
 //	controller_test.go      an autoscaler follows the load inside the enclaves; state shows on pods and owners
 //	telemetry_test.go       one request is found as metric, trace and log line, and so is what the workload sends itself; who is no enclave is refused

@@ -90,7 +90,7 @@ func configure(cfg *boot.Config, registries registry.Client, cacheDir, keyDir st
 			return fmt.Errorf("%s must be a JSON array of image references: %w", podenv.EnvPluginImages, err)
 		}
 	}
-	if cfg.Content, err = content.New(os.Getenv(podenv.EnvImage), plugins, registries, cacheDir, cfg.Memory, cfg.Log); err != nil {
+	if cfg.Content, err = content.New(os.Getenv(podenv.EnvImage), plugins, registries, podenv.PullSecretsDir, cacheDir, cfg.Memory, cfg.Log); err != nil {
 		return fmt.Errorf("%s or %s: %w", podenv.EnvImage, podenv.EnvPluginImages, err)
 	}
 	if name := os.Getenv(podenv.EnvPodName); name != "" {

@@ -20,6 +20,8 @@ func registry(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("registry", flag.ContinueOnError)
 	upstream := flags.String("upstream", "", "`URL` of the real registry")
 	delay := flags.Duration("delay", 0, "wait before a blob is served")
+	pause := flags.Duration("pause", 0, "wait before a manifest is served")
+	user := flags.String("user", "", "`NAME:PASSWORD` that requests must carry")
 	missing := flags.Duration("missing", 0, "find nothing for this long")
 	flip := flags.String("flip", "", "`digest` of a blob or manifest that is served with one bit changed")
 	swap := flags.String("swap", "", "`digest=other`: serve the other blob under the first digest")
@@ -55,13 +57,25 @@ func registry(ctx context.Context, args []string) error {
 	}
 	start := time.Now()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if name, password, _ := r.BasicAuth(); *user != "" && name+":"+password != *user {
+			w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
 		if r.URL.Path != "/v2/" && time.Since(start) < *missing {
 			http.NotFound(w, r)
 			return
 		}
-		if strings.Contains(r.URL.Path, "/blobs/") {
+		wait := time.Duration(0)
+		switch {
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			wait = *delay
+		case strings.Contains(r.URL.Path, "/manifests/"):
+			wait = *pause
+		}
+		if wait > 0 {
 			select {
-			case <-time.After(*delay):
+			case <-time.After(wait):
 			case <-r.Context().Done():
 				return
 			}

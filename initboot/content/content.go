@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -35,6 +36,7 @@ const (
 // Server serves images by digest, each from the repository that it is known to lie in. It is an http.Handler.
 type Server struct {
 	registries registry.Client
+	secrets    pullSecrets
 	repository name.Repository
 	memory     int64
 	cache      cache
@@ -53,14 +55,16 @@ type Server struct {
 }
 
 // New returns a server of the repository of image, a reference with a digest, and of the images more,
-// which may lie elsewhere, both reached by way of registries. Dir is the cache's folder, memory the size of the enclave in bytes. The caller must Close the server.
-func New(image string, more []string, registries registry.Client, dir string, memory int64, log *slog.Logger) (*Server, error) {
+// which may lie elsewhere, both reached by way of registries, and where they match with the credentials in
+// the folder secrets, laid out as podenv.PullSecretsDir. Dir is the cache's folder, memory the size of the enclave in bytes. The caller must Close the server.
+func New(image string, more []string, registries registry.Client, secrets, dir string, memory int64, log *slog.Logger) (*Server, error) {
 	ref, err := registries.ParseDigest(image)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
 		registries: registries,
+		secrets:    pullSecrets(secrets),
 		repository: ref.Context(),
 		memory:     memory,
 		cache:      cache{dir},
@@ -202,11 +206,13 @@ func (s *Server) follow(digest v1.Hash, named []v1.Descriptor) {
 func (s *Server) manifestBytes(digest v1.Hash) ([]byte, error) {
 	f, err := s.file(digest, maxManifest, func(ctx context.Context) (io.ReadCloser, error) {
 		// The digest is checked on the way into the cache, as for every file.
-		d, err := remote.Get(s.place(digest).Digest(digest.String()), s.options(ctx)...)
-		if err != nil {
-			return nil, err
-		}
-		return io.NopCloser(bytes.NewReader(d.Manifest)), nil
+		return s.authorized(ctx, digest, func(ref name.Digest, options []remote.Option) (io.ReadCloser, error) {
+			d, err := remote.Get(ref, options...)
+			if err != nil {
+				return nil, err
+			}
+			return io.NopCloser(bytes.NewReader(d.Manifest)), nil
+		})
 	})
 	if err != nil {
 		return nil, err
@@ -224,11 +230,13 @@ func (s *Server) blob(digest v1.Hash) (string, int64, io.ReadCloser, error) {
 		return "", 0, nil, notFound{fmt.Errorf("no manifest that was asked for names the blob %s", digest)}
 	}
 	f, err := s.file(digest, size, func(ctx context.Context) (io.ReadCloser, error) {
-		l, err := remote.Layer(s.place(digest).Digest(digest.String()), s.options(ctx)...)
-		if err != nil {
-			return nil, err
-		}
-		return l.Compressed()
+		return s.authorized(ctx, digest, func(ref name.Digest, options []remote.Option) (io.ReadCloser, error) {
+			l, err := remote.Layer(ref, options...)
+			if err != nil {
+				return nil, err
+			}
+			return l.Compressed()
+		})
 	})
 	if err != nil {
 		return "", 0, nil, err
@@ -241,8 +249,27 @@ func (s *Server) blob(digest v1.Hash) (string, int64, io.ReadCloser, error) {
 	return "application/octet-stream", info.Size(), f, nil
 }
 
-func (s *Server) options(ctx context.Context) []remote.Option {
-	return []remote.Option{remote.WithContext(ctx), remote.WithUserAgent("cloister"), remote.WithTransport(s.registries.RoundTripper())}
+// authorized calls get with the credentials for a digest's repository, one after the other as the kubelet
+// does, until one opens it; without any where there are none.
+func (s *Server) authorized(ctx context.Context, digest v1.Hash, get func(name.Digest, []remote.Option) (io.ReadCloser, error)) (io.ReadCloser, error) {
+	repo := s.place(digest)
+	keys, err := s.secrets.lookup(repo)
+	if err != nil {
+		return nil, err
+	}
+	if len(keys) == 0 {
+		keys = []authn.Authenticator{authn.Anonymous}
+	}
+	var body io.ReadCloser
+	for _, key := range keys {
+		body, err = get(repo.Digest(digest.String()), []remote.Option{
+			remote.WithContext(ctx), remote.WithUserAgent("cloister"), remote.WithTransport(s.registries.RoundTripper()), remote.WithAuth(key),
+		})
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return body, err
 }
 
 // file opens the cached file of digest, and fetches it first when the cache does not have it, once for
@@ -308,7 +335,10 @@ func (s *Server) explain(ctx context.Context, digest v1.Hash, err error) error {
 	case errors.As(err, &t) && t.StatusCode == http.StatusNotFound:
 		return notFound{fmt.Errorf("%s is not found in its registry: check the image's name and digest", what)}
 	case errors.As(err, &t) && (t.StatusCode == http.StatusUnauthorized || t.StatusCode == http.StatusForbidden):
-		return fmt.Errorf("the registry refuses %s without credentials, which are not supported yet: use an image that can be pulled anonymously", what)
+		if keys, _ := s.secrets.lookup(s.place(digest)); len(keys) > 0 {
+			return fmt.Errorf("the registry refuses %s with the credentials that the pod's imagePullSecrets have for it: correct them", what)
+		}
+		return fmt.Errorf("the registry refuses %s without credentials, and the pod's imagePullSecrets have none for it: add a Secret of the type kubernetes.io/dockerconfigjson", what)
 	}
 	return fmt.Errorf("cannot fetch %s: %w", what, err)
 }

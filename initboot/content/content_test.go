@@ -97,7 +97,7 @@ func image(t *testing.T) v1.Image {
 
 func newServer(t *testing.T, image, cache string, memory int64) *Server {
 	t.Helper()
-	s, err := New(image, nil, local, cache, memory, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	s, err := New(image, nil, local, "", cache, memory, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -340,7 +340,7 @@ func TestNew(t *testing.T) {
 		"nginx":                                false,
 		"":                                     false,
 	} {
-		if _, err := New(image, nil, local, t.TempDir(), 1, slog.Default()); (err == nil) != ok {
+		if _, err := New(image, nil, local, "", t.TempDir(), 1, slog.Default()); (err == nil) != ok {
 			t.Errorf("%q: %v", image, err)
 		}
 	}
@@ -360,7 +360,7 @@ func TestPluginImage(t *testing.T) {
 	if err := remote.WriteIndex(elsewhere.Context().Digest(d.String()), index); err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(ref, []string{elsewhere.Context().Digest(d.String()).String()}, local, t.TempDir(), 1<<20, slog.New(slog.DiscardHandler))
+	s, err := New(ref, []string{elsewhere.Context().Digest(d.String()).String()}, local, "", t.TempDir(), 1<<20, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -45,4 +45,8 @@ const (
 	RunDir     = "/run/cloister"         // of all three: initboot's sockets
 	CacheDir   = "/var/cache/cloister"   // of initboot: image content
 	SidecarDir = "/run/cloister-sidecar" // of the sidecar: Envoy's files and sockets
+
+	// PullSecretsDir, of initboot, has a folder for each of the pod's imagePullSecrets, whose name is its
+	// place in their list, with a file .dockerconfigjson or .dockercfg.
+	PullSecretsDir = "/run/cloister-pull-secrets"
 )

@@ -64,6 +64,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	}
 	p.compare(cp, p.compareHost(cp, c, m), console)
 	p.compareVolumes(spec, c)
+	ops = append(ops, p.pullSecretsAgain(spec, boot)...)
 	p.compareConfig(meta, spec, c, m, memory)
 	if want := measurements(canonical); meta.Annotations[annotation.Measurements] != want {
 		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")

@@ -170,7 +170,7 @@ func derive(t *testing.T, pod []byte) string {
 // TestReplicasAreEqual holds pods that differ only by what a cluster adds against the author's YAML.
 func TestReplicasAreEqual(t *testing.T) {
 	for want, same := range map[string][]string{
-		"deployment-as-written":          {"deployment-completed-by-the-api-server", "eks-pod-identity-before-us", "limit-range", "istio-before-us", "linkerd-before-us"},
+		"deployment-as-written":          {"deployment-completed-by-the-api-server", "eks-pod-identity-before-us", "limit-range", "istio-before-us", "linkerd-before-us", "image-pull-secrets"},
 		"host-supplied-files-as-written": {"host-supplied-files"},
 	} {
 		raw := derive(t, readPod(t, filepath.Join("testdata", want, "input.yaml")))

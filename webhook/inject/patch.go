@@ -120,6 +120,9 @@ func pointer(segment string) string {
 
 func volumeOps(spec *corev1.PodSpec) []Op {
 	ours := volumes()
+	if v := pullSecrets(spec); v != nil {
+		ours = append(ours, *v)
+	}
 	if len(spec.Volumes) == 0 {
 		return []Op{add("/spec/volumes", ours)}
 	}
@@ -132,6 +135,9 @@ func volumeOps(spec *corev1.PodSpec) []Op {
 
 func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
 	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory)
+	if pullSecrets(spec) != nil {
+		boot.VolumeMounts = append(boot.VolumeMounts, mountPullSecrets)
+	}
 	boot.Resources = bootResources(spec, d)
 	side := sidecar(opts, d.manifest)
 	if d.manifest.KMS != nil {

@@ -36,9 +36,6 @@ func (p *problems) checkPod(spec *corev1.PodSpec) {
 	if os, ok := spec.NodeSelector[corev1.LabelOSStable]; ok && os != string(corev1.Linux) {
 		p.forbid(specPath.Child("nodeSelector").Key(corev1.LabelOSStable), "an enclave runs Linux only")
 	}
-	if len(spec.ImagePullSecrets) > 0 {
-		p.forbid(specPath.Child("imagePullSecrets"), "fetching the workload's image with a pull secret is not built yet: remove it here and from the pod's service account, which adds its own")
-	}
 	if len(spec.EphemeralContainers) > 0 {
 		p.forbid(specPath.Child("ephemeralContainers"), "a pod with an enclave starts without debug containers: remove them")
 	}
