@@ -30,25 +30,55 @@ type Annotation struct {
 	Key string
 	// Type says for people what the value is.
 	Type string
+	// Default says for people what holds without it.
+	Default string
 	// Sentence says for people what it does.
 	Sentence string
-	// Validate reports what is wrong with a value.
-	Validate func(value string, path *field.Path) field.ErrorList
+	// read takes a value over, or reports what is wrong with it.
+	read func(value string, path *field.Path, into *Values) field.ErrorList
+}
+
+// Values are what the annotations of a pod say.
+type Values struct {
+	// Enclave names the container that runs in the enclave.
+	Enclave string
+	// Config is never nil, and empty where the annotation is missing or wrong.
+	Config *config.EnclaveConfig
+	// Measurements is as it stands in the pod.
+	Measurements string
 }
 
 // Table lists all annotations that a pod may carry.
 var Table = []Annotation{
 	{
-		Key: Enclave, Type: "container name", Validate: validateName,
-		Sentence: "The container of this name runs in an enclave.",
+		Key: Enclave, Type: "container name", Default: "the pod is none of ours",
+		Sentence: "The container of this name runs in an enclave. It is needed beside every other annotation of ours.",
+		read: func(value string, path *field.Path, into *Values) field.ErrorList {
+			into.Enclave = value
+			if len(validation.IsDNS1123Label(value)) > 0 {
+				return field.ErrorList{field.Invalid(path, value, "write the name of one container of the pod")}
+			}
+			return nil
+		},
 	},
 	{
-		Key: Config, Type: "EnclaveConfig (YAML)", Validate: validateConfig,
-		Sentence: "Settings of the enclave: memory, cpus, ports, egress, plugins.",
+		Key: Config, Type: "EnclaveConfig (YAML)", Default: "the default of each field",
+		Sentence: "Settings of the enclave, as below.",
+		read: func(value string, path *field.Path, into *Values) field.ErrorList {
+			c, errs := config.Parse(value, path)
+			if len(errs) == 0 {
+				into.Config = c
+			}
+			return errs
+		},
 	},
 	{
-		Key: Measurements, Type: "measurement (JSON)", Validate: func(string, *field.Path) field.ErrorList { return nil },
-		Sentence: "Written by the webhook for people to read; no client trusts it.",
+		Key: Measurements, Type: "measurement (JSON)", Default: "the webhook writes it",
+		Sentence: "PCR16 of the pod, for people to read; no client trusts it. A value that is not what the pod measures to is denied.",
+		read: func(value string, _ *field.Path, into *Values) field.ErrorList {
+			into.Measurements = value
+			return nil
+		},
 	},
 }
 
@@ -69,54 +99,41 @@ func ours(key string) bool {
 	return len(key) >= len(Prefix) && strings.EqualFold(key[:len(Prefix)], Prefix)
 }
 
-// Check reports every unknown key under our prefix, every value that is not valid, and that Enclave is
-// missing although another key under our prefix is there: a typo must not run in the open.
-func Check(annotations map[string]string, path *field.Path) field.ErrorList {
+// Read reads the annotations under our prefix. It reports every unknown key, every value that is not valid,
+// and that Enclave is missing although another key is there: a typo must not run in the open.
+func Read(annotations map[string]string, path *field.Path) (Values, field.ErrorList) {
+	values := Values{Config: &config.EnclaveConfig{}}
 	var errs field.ErrorList
-	keys := make([]string, 0, len(Table))
 	for _, a := range Table {
-		keys = append(keys, a.Key)
 		if v, ok := annotations[a.Key]; ok {
-			errs = append(errs, a.Validate(v, path.Key(a.Key))...)
+			errs = append(errs, a.read(v, path.Key(a.Key), &values)...)
 		}
 	}
 	var unknown []string
 	for k := range annotations {
-		if ours(k) && !slices.Contains(keys, k) {
+		if ours(k) && !slices.ContainsFunc(Table, func(a Annotation) bool { return a.Key == k }) {
 			unknown = append(unknown, k)
 		}
 	}
 	slices.Sort(unknown)
 	for _, k := range unknown {
-		hint := "known are " + strings.Join(keys, ", ")
-		// The common prefix would make every key look alike.
-		if n := config.Nearest(strings.ToLower(k[len(Prefix):]), suffixes(keys)); n != "" {
-			hint = fmt.Sprintf("did you mean %q?", Prefix+n)
-		}
-		errs = append(errs, field.Forbidden(path.Key(k), "there is no such annotation, "+hint))
+		errs = append(errs, field.Forbidden(path.Key(k), "there is no such annotation, "+hint(k)))
 	}
 	if _, ok := annotations[Enclave]; !ok {
 		errs = append(errs, field.Required(path.Key(Enclave), "other annotations under cloister.dev/ are there, so name the container that runs in the enclave, or remove them all"))
 	}
-	return errs
+	return values, errs
 }
 
-func suffixes(keys []string) []string {
-	out := make([]string, len(keys))
-	for i, k := range keys {
-		out[i] = strings.TrimPrefix(k, Prefix)
+// hint says what the author of an unknown key may have meant.
+func hint(key string) string {
+	keys, suffixes := make([]string, len(Table)), make([]string, len(Table))
+	for i, a := range Table {
+		keys[i], suffixes[i] = a.Key, strings.TrimPrefix(a.Key, Prefix)
 	}
-	return out
-}
-
-func validateName(value string, path *field.Path) field.ErrorList {
-	if len(validation.IsDNS1123Label(value)) > 0 {
-		return field.ErrorList{field.Invalid(path, value, "write the name of one container of the pod")}
+	// The common prefix would make every key look alike.
+	if n := config.Nearest(strings.ToLower(key[len(Prefix):]), suffixes); n != "" {
+		return fmt.Sprintf("did you mean %q?", Prefix+n)
 	}
-	return nil
-}
-
-func validateConfig(value string, path *field.Path) field.ErrorList {
-	_, errs := config.Parse(value, path)
-	return errs
+	return "known are " + strings.Join(keys, ", ")
 }

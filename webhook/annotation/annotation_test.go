@@ -7,7 +7,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
-func TestCheck(t *testing.T) {
+func TestRead(t *testing.T) {
 	for name, tc := range map[string]struct {
 		annotations map[string]string
 		want        []string // part of each error, in order
@@ -24,7 +24,7 @@ func TestCheck(t *testing.T) {
 		"without enclave": {annotations: map[string]string{Measurements: "{}"}, want: []string{"name the container"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			errs := Check(tc.annotations, field.NewPath("annotations"))
+			_, errs := Read(tc.annotations, field.NewPath("annotations"))
 			if len(errs) != len(tc.want) {
 				t.Fatalf("errors %v, want %q", errs, tc.want)
 			}
@@ -41,14 +41,6 @@ func TestAny(t *testing.T) {
 	for key, want := range map[string]bool{Enclave: true, Prefix + "x": true, "Cloister.DEV/enclave": true, "cloister.dev": false, "x.cloister.dev/enclave": false} {
 		if got := Any(map[string]string{key: ""}); got != want {
 			t.Errorf("Any(%q) = %v", key, got)
-		}
-	}
-}
-
-func TestTableIsForPeople(t *testing.T) {
-	for _, a := range Table {
-		if !strings.HasPrefix(a.Key, Prefix) || a.Type == "" || !strings.HasSuffix(a.Sentence, ".") {
-			t.Errorf("%+v", a)
 		}
 	}
 }

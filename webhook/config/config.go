@@ -69,15 +69,127 @@ const PinNever = "never"
 type Port struct {
 	Port uint32
 	Name string
-	// Protocol is workload.ProtocolHTTP or workload.ProtocolTCP.
+	// Protocol is workload.ProtocolTCP, or empty for HTTP.
 	Protocol string
 	// Plaintext serves the port without TLS.
 	Plaintext bool
 }
 
-// notBuilt are the fields of the design that this version refuses.
-var notBuilt = []string{
-	"debug", "eif", "nsm",
+// configTable is EnclaveConfig. A new field is a row here, a field of EnclaveConfig, and
+// `go test ./webhook/annotation -update`, which writes the docs.
+var configTable = table[EnclaveConfig]{rows: []row[EnclaveConfig]{
+	{Field{
+		Key: "apiVersion", Type: "`" + APIVersion + "`", Required: "write apiVersion: " + APIVersion, Schema: choice(APIVersion),
+		Sentence: "The version of this format.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, _ *EnclaveConfig) { r.constant(p, raw, APIVersion) }},
+	{Field{
+		Key: "kind", Type: "`" + Kind + "`", Required: "write kind: " + Kind, Schema: choice(Kind),
+		Sentence: "The name of this format.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, _ *EnclaveConfig) { r.constant(p, raw, Kind) }},
+	{Field{
+		Key: "memory", Type: "quantity, at most 1Ti", Default: "the container's memory limit, else 512Mi",
+		Schema:   Schema{"type": []string{"string", "number"}, "pattern": quantity},
+		Sentence: "Memory of the enclave; the image unpacks into it.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.Memory = r.memory(p, raw) }},
+	{Field{
+		Key: "cpus", Type: fmt.Sprintf("1 to %d", MaxCPUs), Default: "the container's CPU request, else its limit", Schema: whole(1, MaxCPUs),
+		Sentence: "Number of the enclave's vCPUs.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		if r.value(p, raw, &c.CPUs, "a whole number") && (c.CPUs < 1 || c.CPUs > MaxCPUs) {
+			r.errs = append(r.errs, field.Invalid(p, c.CPUs, fmt.Sprintf("write a number of vCPUs from 1 to %d", MaxCPUs)))
+		}
+	}},
+	{Field{
+		Key: "ports", Type: "list", Measured: true, Schema: listOf(portTable.schema()), Fields: portTable.fields(),
+		Sentence: "How containerPorts are served. One that is not listed is HTTP over attested TLS.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		c.Ports = portTable.readList(r, p, raw, "a list of ports")
+	}},
+	{Field{
+		Key: "egress", Type: "list of `host:port`", Measured: true, Schema: listOf(text),
+		Sentence: "What the workload may reach. Everything else does not resolve.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.Egress = r.egress(p, raw) }},
+	{Field{
+		Key: "hostEnv", Type: "list of names", Measured: true, Schema: listOf(text),
+		Sentence: "Variables that the host may supply although they are refused otherwise, such as `PATH`.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.HostEnv = r.hostEnv(p, raw) }},
+	{Field{
+		Key: "hostFiles", Type: "list of paths", Measured: true, Schema: listOf(text),
+		Sentence: "Mount paths of emptyDir volumes that other containers share: the host supplies their files.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		c.HostFiles = r.hostFiles(p, raw)
+	}},
+	{Field{
+		Key: "kms", Type: "mapping", Measured: true, Schema: kmsTable.schema(), Fields: kmsTable.fields(),
+		Sentence: "The AWS KMS that decrypts secrets and the key of the certificate ([kms.md](kms.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.KMS = r.kms(p, raw) }},
+	{Field{
+		Key: "logs", Type: "`stdout` or `otlp`", Default: "`stdout`", Measured: true, Schema: choice("stdout", workload.LogsOTLP),
+		Sentence: "Where the workload's output goes: to `kubectl logs`, which the host can read, or only to the plugin of type `logging` ([telemetry.md](telemetry.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		c.Logs = r.choice(p, raw, "stdout", workload.LogsOTLP)
+	}},
+	{Field{
+		Key: "pin", Type: "`resolve` or `never`", Default: "`resolve`", Schema: choice("resolve", PinNever),
+		Sentence: "Whether a tag is resolved to a digest at admission or refused ([images.md](images.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		c.Pin = r.choice(p, raw, "resolve", PinNever)
+	}},
+	{Field{
+		Key: "plugins", Type: "list", Measured: true, Schema: pluginList, Fields: pluginTable.fields(),
+		Sentence: "What runs in the enclave beside the workload ([plugins.md](plugins.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.Plugins = r.plugins(p, raw) }},
+	{Field{
+		Key: "secrets", Type: "list", Measured: true, Schema: listOf(secretTable.schema()), Fields: secretTable.fields(),
+		Sentence: "What KMS decrypts for the workload ([kms.md](kms.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		c.Secrets = secretTable.readList(r, p, raw, "a list of secrets")
+	}},
+	{Field{
+		Key: "serviceAccountToken", Type: "boolean", Default: "`false`", Measured: true, Schema: boolean,
+		Sentence: "Give the workload the token of the pod's service account, which the host supplies.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
+		r.value(p, raw, &c.ServiceAccountToken, "true or false")
+	}},
+	{Field{
+		Key: "tls", Type: "`ephemeral` or `kms`", Default: "`ephemeral`", Measured: true, Schema: choice(ephemeral, workload.TLSKMS),
+		Sentence: "The certificate for clients that do not ask for the attested one: made in the enclave, or that of `kms.certificate`.",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.TLS = r.tls(p, raw) }},
+	{Field: Field{Key: "debug"}},
+	{Field: Field{Key: "eif"}},
+	{Field: Field{Key: "nsm"}},
+}}
+
+var portTable = table[Port]{
+	either: []string{"port", "name"}, oneOf: "name the containerPort by either port or name",
+	rows: []row[Port]{
+		{Field{
+			Key: "port", Type: "1 to 65535", Measured: true, Schema: whole(1, 65535),
+			Sentence: "Number of the containerPort.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, port *Port) {
+			if r.value(p, raw, &port.Port, "a port number") && (port.Port < 1 || port.Port > 65535) {
+				r.errs = append(r.errs, field.Invalid(p, port.Port, "write a number from 1 to 65535"))
+			}
+		}},
+		{Field{
+			Key: "name", Type: "text", Measured: true, Schema: text,
+			Sentence: "Name of the containerPort, instead of its number.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, port *Port) {
+			r.value(p, raw, &port.Name, "the name of a port")
+		}},
+		{Field{
+			Key: "protocol", Type: "`http` or `tcp`", Default: "`http`", Measured: true, Schema: choice(workload.ProtocolHTTP, workload.ProtocolTCP),
+			Sentence: "Whether the gateway speaks HTTP or passes bytes.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, port *Port) {
+			port.Protocol = r.choice(p, raw, workload.ProtocolHTTP, workload.ProtocolTCP)
+		}},
+		{Field{
+			Key: "plaintext", Type: "boolean", Default: "`false`", Measured: true, Schema: boolean,
+			Sentence: "Serve the port without TLS: the host can read and change everything on it.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, port *Port) {
+			r.value(p, raw, &port.Plaintext, "true or false")
+		}},
+	},
 }
 
 // Parse reads a config. Errors have paths below path.
@@ -96,58 +208,7 @@ func Parse(doc string, path *field.Path) (*EnclaveConfig, field.ErrorList) {
 	}
 	c := &EnclaveConfig{}
 	r := &reader{}
-	fields, ok := r.object(path, data)
-	if !ok {
-		return nil, r.errs
-	}
-	for _, required := range []struct{ key, want string }{{"apiVersion", APIVersion}, {"kind", Kind}} {
-		var got string
-		p := path.Child(required.key)
-		if raw, ok := fields[required.key]; !ok {
-			r.errs = append(r.errs, field.Required(p, fmt.Sprintf("write %s: %s", required.key, required.want)))
-		} else if r.value(p, raw, &got, "a string") && got != required.want {
-			r.errs = append(r.errs, field.NotSupported(p, got, []string{required.want}))
-		}
-	}
-	for _, key := range sorted(fields) {
-		p, raw := path.Child(key), fields[key]
-		switch {
-		case key == "apiVersion" || key == "kind":
-		case key == "memory":
-			c.Memory = r.memory(p, raw)
-		case key == "cpus":
-			if r.value(p, raw, &c.CPUs, "a whole number") && (c.CPUs < 1 || c.CPUs > MaxCPUs) {
-				r.errs = append(r.errs, field.Invalid(p, c.CPUs, fmt.Sprintf("write a number of vCPUs from 1 to %d", MaxCPUs)))
-			}
-		case key == "ports":
-			c.Ports = r.ports(p, raw)
-		case key == "egress":
-			c.Egress = r.egress(p, raw)
-		case key == "plugins":
-			c.Plugins = r.plugins(p, raw)
-		case key == "logs":
-			c.Logs = r.logs(p, raw)
-		case key == "secrets":
-			c.Secrets = r.secrets(p, raw)
-		case key == "kms":
-			c.KMS = r.kms(p, raw)
-		case key == "tls":
-			c.TLS = r.tls(p, raw)
-		case key == "pin":
-			c.Pin = r.pin(p, raw)
-		case key == "hostEnv":
-			c.HostEnv = r.hostEnv(p, raw)
-		case key == "hostFiles":
-			c.HostFiles = r.hostFiles(p, raw)
-		case key == "serviceAccountToken":
-			r.value(p, raw, &c.ServiceAccountToken, "true or false")
-		case slices.Contains(notBuilt, key):
-			r.errs = append(r.errs, field.Forbidden(p, "this setting is not built yet: remove it"))
-		default:
-			known := append([]string{"apiVersion", "kind", "memory", "cpus", "ports", "egress", "hostEnv", "hostFiles", "kms", "logs", "pin", "plugins", "secrets", "serviceAccountToken", "tls"}, notBuilt...)
-			r.unknown(p, key, known)
-		}
-	}
+	configTable.read(r, path, data, c)
 	if len(r.errs) > 0 {
 		return nil, r.errs
 	}
@@ -215,6 +276,9 @@ func (r *reader) unknown(p *field.Path, key string, known []string) {
 	r.errs = append(r.errs, field.Forbidden(p, "there is no such field, "+hint))
 }
 
+// quantity is the form of resource.Quantity (k8s.io/apimachinery/pkg/api/resource).
+const quantity = `^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$`
+
 func (r *reader) memory(p *field.Path, raw json.RawMessage) int64 {
 	var q resource.Quantity
 	if !r.value(p, raw, &q, `a quantity such as "512Mi"`) {
@@ -227,75 +291,24 @@ func (r *reader) memory(p *field.Path, raw json.RawMessage) int64 {
 	return q.Value()
 }
 
-func (r *reader) ports(p *field.Path, raw json.RawMessage) []Port {
-	var list []json.RawMessage
-	if !r.value(p, raw, &list, "a list of ports") {
-		return nil
+// constant reads a text that can only be want.
+func (r *reader) constant(p *field.Path, raw json.RawMessage, want string) {
+	var got string
+	if r.value(p, raw, &got, "a string") && got != want {
+		r.errs = append(r.errs, field.NotSupported(p, got, []string{want}))
 	}
-	known := []string{"port", "name", "protocol", "plaintext"}
-	var out []Port
-	for i, raw := range list {
-		p := p.Index(i)
-		fields, ok := r.object(p, raw)
-		if !ok {
-			continue
-		}
-		port := Port{Protocol: workload.ProtocolHTTP}
-		for _, key := range sorted(fields) {
-			p, raw := p.Child(key), fields[key]
-			switch key {
-			case "port":
-				if r.value(p, raw, &port.Port, "a port number") && (port.Port < 1 || port.Port > 65535) {
-					r.errs = append(r.errs, field.Invalid(p, port.Port, "write a number from 1 to 65535"))
-				}
-			case "name":
-				r.value(p, raw, &port.Name, "the name of a port")
-			case "protocol":
-				if r.value(p, raw, &port.Protocol, "http or tcp") && port.Protocol != workload.ProtocolHTTP && port.Protocol != workload.ProtocolTCP {
-					r.errs = append(r.errs, field.NotSupported(p, port.Protocol, []string{workload.ProtocolHTTP, workload.ProtocolTCP}))
-				}
-			case "plaintext":
-				r.value(p, raw, &port.Plaintext, "true or false")
-			default:
-				r.unknown(p, key, known)
-			}
-		}
-		_, number := fields["port"]
-		_, name := fields["name"]
-		if number == name {
-			r.errs = append(r.errs, field.Required(p, "name the containerPort by either port or name"))
-		}
-		out = append(out, port)
-	}
-	return out
 }
 
-// logs reads "stdout" (the console, the default, which is left out) or "otlp".
-func (r *reader) logs(p *field.Path, raw json.RawMessage) string {
-	var logs string
-	if !r.value(p, raw, &logs, "stdout or otlp") {
-		return ""
-	}
-	switch logs {
-	case "stdout":
-		return ""
-	case workload.LogsOTLP:
-	default:
-		r.errs = append(r.errs, field.NotSupported(p, logs, []string{"stdout", workload.LogsOTLP}))
-	}
-	return logs
-}
-
-// pin reads "resolve" (the default, which is left out) or "never".
-func (r *reader) pin(p *field.Path, raw json.RawMessage) string {
-	var pin string
+// choice reads one of some texts, of which the first is the default and becomes "".
+func (r *reader) choice(p *field.Path, raw json.RawMessage, values ...string) string {
+	var got string
 	switch {
-	case !r.value(p, raw, &pin, "resolve or never") || pin == "resolve":
+	case !r.value(p, raw, &got, strings.Join(values, " or ")) || got == values[0]:
 		return ""
-	case pin != PinNever:
-		r.errs = append(r.errs, field.NotSupported(p, pin, []string{"resolve", PinNever}))
+	case !slices.Contains(values, got):
+		r.errs = append(r.errs, field.NotSupported(p, got, values))
 	}
-	return pin
+	return got
 }
 
 // egress reads a list of host:port in any order and case.

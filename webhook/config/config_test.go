@@ -22,7 +22,7 @@ func TestParse(t *testing.T) {
 		"JSON":                 {doc: `{"apiVersion":"cloister.dev/v1alpha1","kind":"EnclaveConfig","cpus":4}`, want: &EnclaveConfig{CPUs: 4}},
 		"memory":               {doc: head + "memory: 1.5Gi", want: &EnclaveConfig{Memory: 3 << 29}},
 		"memory in bytes":      {doc: head + "memory: 1048576", want: &EnclaveConfig{Memory: 1 << 20}},
-		"ports":                {doc: head + "ports: [{port: 80}, {name: db, protocol: tcp, plaintext: true}]", want: &EnclaveConfig{Ports: []Port{{Port: 80, Protocol: "http"}, {Name: "db", Protocol: "tcp", Plaintext: true}}}},
+		"ports":                {doc: head + "ports: [{port: 80}, {name: db, protocol: tcp, plaintext: true}]", want: &EnclaveConfig{Ports: []Port{{Port: 80}, {Name: "db", Protocol: "tcp", Plaintext: true}}}},
 		"no document":          {doc: "", errs: "write a mapping"},
 		"a list":               {doc: "[]", errs: "write a mapping"},
 		"duplicate":            {doc: head + "cpus: 1\ncpus: 2", errs: "already set"},

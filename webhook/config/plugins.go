@@ -21,10 +21,76 @@ type Plugin struct {
 	Reference string
 }
 
-var (
-	pluginFields = []string{"name", "type", "builtin", "image", "required", "timeout", "egress", "headers", "config"}
-	imageRE      = regexp.MustCompile(`^[^@\s]+@(sha256:[0-9a-f]{64})$`)
-)
+var imageRE = regexp.MustCompile(`^[^@\s]+@(sha256:[0-9a-f]{64})$`)
+
+var pluginTable = table[Plugin]{
+	either: []string{"builtin", "image"}, oneOf: "a plugin is either builtin or an image",
+	rows: []row[Plugin]{
+		{Field{
+			Key: "name", Type: "DNS label", Required: needed, Measured: true, Schema: text,
+			Sentence: "Name of the plugin, for logs and errors.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) { r.value(p, raw, &out.Name, "a name") }},
+		{Field{
+			Key: "type", Type: "`" + strings.Join(workload.PluginTypes(), "`, `") + "`", Required: needed, Measured: true, Schema: choice(workload.PluginTypes()...),
+			Sentence: "What the plugin does.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) {
+			if types := workload.PluginTypes(); r.value(p, raw, &out.Type, "one of "+strings.Join(types, ", ")) && !slices.Contains(types, out.Type) {
+				r.errs = append(r.errs, field.NotSupported(p, out.Type, types))
+			}
+		}},
+		{Field{
+			Key: "builtin", Type: "text", Measured: true, Schema: text,
+			Sentence: "Name of a plugin that is part of the EIF.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) {
+			r.value(p, raw, &out.Builtin, "the name of a built-in plugin")
+		}},
+		{Field{
+			Key: "image", Type: "`name@sha256:…`", Measured: true, Schema: text,
+			Sentence: "Image of a plugin of your own. Its digest is measured, its repository is not.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) {
+			out.Reference, out.Image = r.image(p, raw)
+		}},
+		{Field{
+			Key: "required", Type: "boolean", Default: "`true` of `authentication`, else `false`", Measured: true, Schema: boolean,
+			Sentence: "Whether requests fail while the plugin is down or pass unchecked.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) {
+			r.value(p, raw, &out.Required, "true or false")
+		}},
+		{Field{
+			Key: "timeout", Type: "duration, `1ms` to `10s`", Default: "`" + workload.DefaultPluginTimeout.String() + "`", Measured: true, Schema: text,
+			Sentence: "How long an authentication plugin may take for a request.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) { out.TimeoutMs = r.timeout(p, raw) }},
+		{Field{
+			Key: "egress", Type: "list of `host:port`", Measured: true, Schema: listOf(text),
+			Sentence: "What the plugin may reach, beside what a built-in one's `config` names.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) { out.Egress = r.egress(p, raw) }},
+		{Field{
+			Key: "headers", Type: "list of header names", Measured: true, Schema: listOf(text),
+			Sentence: "Headers of requests that an image's plugin sets.",
+		}, func(r *reader, p *field.Path, raw json.RawMessage, out *Plugin) { out.Headers = r.headers(p, raw) }},
+		{Field{
+			Key: "config", Type: "mapping", Measured: true, Schema: anyMap,
+			Sentence: "A built-in plugin's settings, or any mapping that yours understands.",
+		}, func(*reader, *field.Path, json.RawMessage, *Plugin) {}}, // plugin reads it when the rest is known
+	},
+}
+
+var pluginList = Schema{"type": "array", "items": pluginTable.schema(), "maxItems": workload.MaxPlugins}
+
+const needed = "a plugin needs a name and a type"
+
+// image reads an image reference with a digest.
+func (r *reader) image(p *field.Path, raw json.RawMessage) (reference string, image *workload.Image) {
+	if !r.value(p, raw, &reference, "an image reference") {
+		return "", nil
+	}
+	m := imageRE.FindStringSubmatch(reference)
+	if m == nil {
+		r.errs = append(r.errs, field.Invalid(p, reference, "the enclave must know which image it runs: name it by digest, as in registry/name@sha256:…"))
+		return "", nil
+	}
+	return reference, &workload.Image{Digest: m[1]}
+}
 
 // plugins reads the list of plugins. What remains to be checked is checked with the whole manifest.
 func (r *reader) plugins(p *field.Path, raw json.RawMessage) []Plugin {
@@ -47,55 +113,14 @@ func (r *reader) plugins(p *field.Path, raw json.RawMessage) []Plugin {
 }
 
 func (r *reader) plugin(p *field.Path, raw json.RawMessage) (out Plugin, ok bool) {
-	fields, ok := r.object(p, raw)
+	before := len(r.errs)
+	fields, ok := pluginTable.read(r, p, raw, &out)
 	if !ok {
 		return out, false
 	}
-	before := len(r.errs)
-	for _, key := range sorted(fields) {
-		p, raw := p.Child(key), fields[key]
-		switch key {
-		case "name":
-			r.value(p, raw, &out.Name, "a name")
-		case "type":
-			if types := workload.PluginTypes(); r.value(p, raw, &out.Type, "one of "+strings.Join(types, ", ")) && !slices.Contains(types, out.Type) {
-				r.errs = append(r.errs, field.NotSupported(p, out.Type, types))
-			}
-		case "builtin":
-			r.value(p, raw, &out.Builtin, "the name of a built-in plugin")
-		case "image":
-			if !r.value(p, raw, &out.Reference, "an image reference") {
-				continue
-			}
-			m := imageRE.FindStringSubmatch(out.Reference)
-			if m == nil {
-				r.errs = append(r.errs, field.Invalid(p, out.Reference, "the enclave must know which image it runs: name it by digest, as in registry/name@sha256:…"))
-				continue
-			}
-			out.Image = &workload.Image{Digest: m[1]}
-		case "required":
-			r.value(p, raw, &out.Required, "true or false")
-		case "timeout":
-			out.TimeoutMs = r.timeout(p, raw)
-		case "egress":
-			out.Egress = r.egress(p, raw)
-		case "headers":
-			out.Headers = r.headers(p, raw)
-		case "config":
-		default:
-			r.unknown(p, key, pluginFields)
-		}
-	}
-	for _, key := range []string{"name", "type"} {
-		if _, ok := fields[key]; !ok {
-			r.errs = append(r.errs, field.Required(p.Child(key), "a plugin needs a name and a type"))
-		}
-	}
 	_, image := fields["image"]
 	_, builtin := fields["builtin"]
-	if names := workload.Builtins(out.Type); image == builtin {
-		r.errs = append(r.errs, field.Required(p, "a plugin is either builtin or an image"))
-	} else if builtin && len(names) > 0 && !slices.Contains(names, out.Builtin) {
+	if names := workload.Builtins(out.Type); builtin && !image && len(names) > 0 && !slices.Contains(names, out.Builtin) {
 		r.errs = append(r.errs, field.NotSupported(p.Child("builtin"), out.Builtin, names))
 	}
 	// Whoever names an authentication plugin wants requests to be checked: letting them pass while it is
@@ -132,11 +157,13 @@ func (r *reader) timeout(p *field.Path, raw json.RawMessage) uint32 {
 
 // headers reads names of headers in any order and case.
 func (r *reader) headers(p *field.Path, raw json.RawMessage) []string {
-	var list []string
-	if !r.value(p, raw, &list, "a list of header names") {
+	var raws []json.RawMessage
+	if !r.value(p, raw, &raws, "a list of header names") {
 		return nil
 	}
-	for i := range list {
+	list := make([]string, len(raws))
+	for i, raw := range raws {
+		r.value(p.Index(i), raw, &list[i], "the name of a header")
 		list[i] = strings.ToLower(list[i])
 	}
 	slices.Sort(list)

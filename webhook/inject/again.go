@@ -23,7 +23,8 @@ import (
 // reaches the enclave. A lost or altered part of ours is denied.
 func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, field.ErrorList) {
 	p := &problems{}
-	p.list = annotation.Check(meta.Annotations, annotationsPath)
+	values, errs := annotation.Read(meta.Annotations, annotationsPath)
+	p.list = errs
 	p.checkPod(spec)
 
 	inits := specPath.Child("initContainers")
@@ -42,8 +43,8 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 
 	m, canonical, image, memory := p.readBack(inits.Index(boot), &spec.InitContainers[boot])
 	index := -1
-	if name := meta.Annotations[annotation.Enclave]; name != "" {
-		index = p.find(spec, name)
+	if values.Enclave != "" {
+		index = p.find(spec, values.Enclave)
 	}
 	if m == nil || index < 0 {
 		return nil, p.list
@@ -65,8 +66,10 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	p.compare(cp, p.compareHost(cp, c, m), console)
 	p.compareVolumes(spec, c)
 	ops = append(ops, p.pullSecretsAgain(spec, boot)...)
-	p.compareConfig(meta, spec, c, m, memory)
-	if want := measurements(canonical); meta.Annotations[annotation.Measurements] != want {
+	if len(errs) == 0 {
+		p.compareConfig(values.Config, spec, c, m, memory)
+	}
+	if want := measurements(canonical); values.Measurements != want {
 		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")
 	}
 	if low := lowestPort(m); low < 1024 {
@@ -213,16 +216,8 @@ func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Containe
 }
 
 // compareConfig reports a config that was changed after the manifest was made from it.
-func (p *problems) compareConfig(meta *metav1.ObjectMeta, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory int64) {
-	cfg := &config.EnclaveConfig{}
+func (p *problems) compareConfig(cfg *config.EnclaveConfig, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory int64) {
 	at := annotationsPath.Key(annotation.Config)
-	if doc, ok := meta.Annotations[annotation.Config]; ok {
-		parsed, errs := config.Parse(doc, at)
-		if len(errs) > 0 {
-			return // reported already
-		}
-		cfg = parsed
-	}
 	if cfg.Memory != 0 && cfg.Memory != memory {
 		p.forbid(at.Child("memory"), "it is not what was injected")
 	}

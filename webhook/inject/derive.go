@@ -49,19 +49,14 @@ func Derive(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (m *workload.Manifest
 // decide reads a pod that has not been injected.
 func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.ErrorList) {
 	p := &problems{}
-	p.list = annotation.Check(meta.Annotations, annotationsPath)
+	values, errs := annotation.Read(meta.Annotations, annotationsPath)
+	p.list = errs
 	p.checkPod(spec)
 	p.checkReserved(spec)
 
-	d := &decision{index: -1, config: &config.EnclaveConfig{}}
-	if doc, ok := meta.Annotations[annotation.Config]; ok {
-		// Its errors are in the list already.
-		if c, errs := config.Parse(doc, annotationsPath.Key(annotation.Config)); len(errs) == 0 {
-			d.config = c
-		}
-	}
-	if name := meta.Annotations[annotation.Enclave]; name != "" {
-		d.index = p.find(spec, name)
+	d := &decision{index: -1, config: values.Config}
+	if values.Enclave != "" {
+		d.index = p.find(spec, values.Enclave)
 	}
 	if d.index < 0 {
 		return nil, p.list
@@ -314,10 +309,7 @@ func served(cfg *config.EnclaveConfig, name string, port uint32) workload.Port {
 	if i < 0 {
 		return w
 	}
-	w.Plaintext = cfg.Ports[i].Plaintext
-	if p := cfg.Ports[i].Protocol; p != workload.ProtocolHTTP {
-		w.Protocol = p
-	}
+	w.Plaintext, w.Protocol = cfg.Ports[i].Plaintext, cfg.Ports[i].Protocol
 	return w
 }
 
