@@ -120,7 +120,7 @@ func TestDenied(t *testing.T) {
 		app(p).VolumeMounts = append(app(p).VolumeMounts, corev1.VolumeMount{Name: "data", MountPath: "/data"})
 	}
 	claim := corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data"}}
-	fromField := corev1.EnvVar{Name: "NODE", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}
+	preload := corev1.EnvVar{Name: "LD_PRELOAD", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}
 	tag := func(p *corev1.Pod) { app(p).Image = registryHost + "/testapp:e2e@sha256:short" }
 	config := func(p *corev1.Pod, line string) {
 		p.Annotations["cloister.dev/config"] = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n" + line + "\n"
@@ -134,25 +134,27 @@ func TestDenied(t *testing.T) {
 			mount(p, claim)
 			p.Annotations["cloister.dev/enclav"] = "app"
 			tag(p)
-			app(p).Env = []corev1.EnvVar{fromField}
-			config(p, "hostFiles: []")
+			app(p).Env = []corev1.EnvVar{preload}
+			config(p, "hostFiles: [/nowhere]")
 			p.Spec.HostNetwork = true
-		}, []string{"persistent volume claim", `cloister.dev/enclav`, "did you mean", "digest", "valueFrom", "hostFiles", "hostNetwork"}},
+		}, []string{"persistent volume claim", `cloister.dev/enclav`, "did you mean", "digest", "LD_PRELOAD", "hostFiles", "hostNetwork"}},
 		"PVC":               {func(p *corev1.Pod) { mount(p, claim) }, []string{"persistent volume claim"}},
 		"misspelt":          {func(p *corev1.Pod) { p.Annotations = map[string]string{"cloister.dev/enclav": "app"} }, []string{"cloister.dev/enclav", `did you mean "cloister.dev/enclave"`}},
 		"missing container": {func(p *corev1.Pod) { p.Annotations["cloister.dev/enclave"] = "ap" }, []string{"cloister.dev/enclave", `"ap"`}},
 		"only config":       {func(p *corev1.Pod) { config(p, "cpus: 2"); delete(p.Annotations, "cloister.dev/enclave") }, []string{"cloister.dev/enclave"}},
 		"half a digest":     {tag, []string{"digest"}},
-		"valueFrom":         {func(p *corev1.Pod) { app(p).Env = []corev1.EnvVar{fromField} }, []string{"valueFrom"}},
-		"envFrom": {func(p *corev1.Pod) {
-			app(p).EnvFrom = []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "c"}}}}
-		}, []string{"envFrom"}},
+		"LD_PRELOAD":        {func(p *corev1.Pod) { app(p).Env = []corev1.EnvVar{preload} }, []string{"env LD_PRELOAD cannot be supplied by the host", "hostEnv"}},
 		"hostPath": {func(p *corev1.Pod) {
 			mount(p, corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/"}})
 		}, []string{"hostPath"}},
-		"Secret": {func(p *corev1.Pod) {
+		"Secret over the system's": {func(p *corev1.Pod) {
 			mount(p, corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "s"}})
-		}, []string{"is a Secret"}},
+			app(p).VolumeMounts[0].MountPath = "/etc/ssl/certs"
+		}, []string{"/etc/ssl/certs belongs to the system"}},
+		"shared emptyDir": {func(p *corev1.Pod) {
+			mount(p, corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}})
+			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "other", Image: "other", VolumeMounts: app(p).VolumeMounts})
+		}, []string{"emptyDir data is shared with container other", "list /data in hostFiles"}},
 		"host PID namespace": {func(p *corev1.Pod) { p.Spec.HostPID = true }, []string{"hostPID"}},
 		"hook by TCP": {func(p *corev1.Pod) {
 			app(p).Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(8080)}}}

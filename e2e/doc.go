@@ -4,6 +4,7 @@
 //	mismatch_test.go        a measurement that differs ends the connection before a byte of the request
 //	manifest_test.go        what is measured, and that each replica attests what `cloister measure` says
 //	host_test.go            the host reads nothing, and cannot pass for the enclave
+//	hostvalues_test.go   what the kubelet resolves reaches the workload, where the manifest lists it, and nothing else does
 //	egress_test.go          the workload reaches what its config names, by name, and nothing else
 //	logs_probes_test.go     kubectl logs and probes work as ever
 //	jobs_test.go            so do Jobs and exit codes

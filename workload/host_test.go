@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"os"
 	"strings"
 	"testing"
 )
@@ -86,5 +87,18 @@ func TestHostValues(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestRefusedEnvIsDocumented: who writes a pod must be able to look every name up.
+func TestRefusedEnvIsDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../docs/host-supplied.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range refusedEnv {
+		if !strings.Contains(string(doc), "`"+name+"`") {
+			t.Errorf("docs/host-supplied.md does not list %s", name)
+		}
 	}
 }

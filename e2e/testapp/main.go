@@ -4,6 +4,7 @@
 //	testapp exit CODE                                    ends at once
 //	testapp exists FILE                                  exec probe: fails if the file does not exist
 //	testapp wait FILE                                    init container: ends when the file exists
+//	testapp write FILE TEXT                              init container: makes a file and its folder
 //
 // The server, whose certificate for -tls is in TLS_CERT and TLS_KEY, answers
 //
@@ -15,6 +16,7 @@
 //	/telemetry       sends a span, a count and a log record with OpenTelemetry's SDK, as its environment says
 //	/get?url=U       what an ordinary client gets from there, or "error: " and why; it trusts CA_CERT
 //	/check/N         200, or 503 after /break/N, until /mend/N
+//	/read?file=F     the content of a file, or "error: " and why
 //	/touch?file=F    makes a file
 //	/remove?file=F   removes it
 //	/exit?code=N     answers, then ends with code N
@@ -33,6 +35,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -65,6 +68,11 @@ func run(args []string) (int, error) {
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
+	case "write":
+		if err := os.MkdirAll(filepath.Dir(args[1]), 0o755); err != nil {
+			return 0, err
+		}
+		return 0, os.WriteFile(args[1], []byte(args[2]), 0o644)
 	case "exit":
 		fmt.Println("testapp: started")
 		return strconv.Atoi(args[1])
@@ -165,6 +173,14 @@ func handler(exit chan<- int) http.Handler {
 	})
 	mux.HandleFunc("/break/{name}", func(w http.ResponseWriter, r *http.Request) { broken.Store(r.PathValue("name"), nil) })
 	mux.HandleFunc("/mend/{name}", func(w http.ResponseWriter, r *http.Request) { broken.Delete(r.PathValue("name")) })
+	mux.HandleFunc("/read", func(w http.ResponseWriter, r *http.Request) {
+		b, err := os.ReadFile(r.FormValue("file"))
+		if err != nil {
+			fmt.Fprint(w, "error: ", err)
+			return
+		}
+		w.Write(b)
+	})
 	mux.HandleFunc("/touch", func(w http.ResponseWriter, r *http.Request) { report(w, os.WriteFile(r.FormValue("file"), nil, 0o600)) })
 	mux.HandleFunc("/remove", func(w http.ResponseWriter, r *http.Request) { report(w, os.Remove(r.FormValue("file"))) })
 	mux.HandleFunc("/exit", func(w http.ResponseWriter, r *http.Request) {
