@@ -20,7 +20,7 @@ const development = "DEVELOPMENT, not a real enclave"
 // holds for every workload.
 const hostNote = `the host can read: who connects, when, and how many bytes go each way
 the host can change: it can delay and drop, but not forge
-what else this workload shows its host: cloister measure -f FILE`
+what else this workload shows its host, and which variables and files it takes from it: cloister measure -f FILE`
 
 // printVerified says what the other end of a connection has proven.
 func printVerified(w io.Writer, d *attestation.Document, m workload.Measurement) {

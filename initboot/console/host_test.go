@@ -225,3 +225,23 @@ func TestUnreadable(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 }
+
+// TestLargeValues: as much as is accepted passes the pod socket and the control channel in one message.
+func TestLargeValues(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g", "h"} {
+		if err := os.WriteFile(filepath.Join(dir, name), bytes.Repeat([]byte(name), 1<<20-1), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	i := newInitboot(t, hold)
+	i.start(t)
+	r := i.consoleWith(t, 30*time.Second, Supplied{Mounts: []string{dir}, Poll: time.Hour})
+	until(t, r.started)
+	files := i.driver.Last().Run().GetValues().GetMounts()[0].GetFiles()
+	if len(files) != 8 || len(files[7].GetData()) != 1<<20-1 {
+		t.Errorf("%d files arrived", len(files))
+	}
+	r.stop()
+	r.wait(t)
+}
