@@ -37,7 +37,7 @@ Credentials are those that "docker login" has stored.`,
 			if p.file == "" {
 				return errors.New("name the YAML file with -f, or - for standard input")
 			}
-			return failed(p.run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
+			return failed(p.run(cmd.Context(), p.resolver(), cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()))
 		},
 	}
 	f := cmd.Flags()
@@ -46,7 +46,7 @@ Credentials are those that "docker login" has stored.`,
 	return cmd
 }
 
-func (p *pin) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer) error {
+func (p *pin) run(ctx context.Context, resolve inject.Resolver, stdin io.Reader, stdout, stderr io.Writer) error {
 	text, err := readInput(p.file, stdin)
 	if err != nil {
 		return err
@@ -65,7 +65,6 @@ func (p *pin) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer
 		return fmt.Errorf("%s: it cannot be said where its documents begin: separate them with lines of three hyphens", p.file)
 	}
 
-	resolve := p.resolver()
 	lines := strings.SplitAfter(string(text), "\n")
 	failures := 0
 	for n, d := range docs {

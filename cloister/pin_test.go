@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"io"
 	"log"
 	"net/http/httptest"
@@ -122,6 +125,34 @@ func TestPinRefuses(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzPin: whatever the file, what comes out has the same documents, and all their tags pinned.
+func FuzzPin(f *testing.F) {
+	for _, in := range []string{
+		deployment, job, bad, "a: &x nginx\n---\n",
+		"kind: Pod\nmetadata: {annotations: {cloister.dev/enclave: é}}\nspec: {containers: [{name: é, image: \"nginx\"}, {image: '1', name: a}]}",
+		"--- # x\nkind: List\nitems:\n- kind: Pod\n  metadata: {annotations: {cloister.dev/enclave: a}}\n  spec:\n    containers:\n    - image: 'nginx:1' # y\n      name: a\n---\n",
+	} {
+		f.Add(in)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		var out, again bytes.Buffer
+		p := pin{file: "-"}
+		if p.run(t.Context(), resolveTag, strings.NewReader(in), &out, io.Discard) != nil {
+			if out.Len() > 0 {
+				t.Errorf("a failure prints %q", out.String())
+			}
+			return
+		}
+		refuse := func(_ context.Context, image string) (string, error) {
+			t.Errorf("%s is not pinned in\n%s", image, out.String())
+			return "", errors.New("refused")
+		}
+		if err := p.run(t.Context(), refuse, strings.NewReader(out.String()), &again, io.Discard); err != nil || again.String() != out.String() {
+			t.Errorf("again: %v\n%s", err, again.String())
+		}
+	})
 }
 
 // TestResolve: whoever resolves a tag gets what the pinned file gets.

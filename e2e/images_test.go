@@ -126,15 +126,15 @@ func TestTagDenied(t *testing.T) {
 		image, config string
 		want          []string
 	}{
-		"pin: never":          {registryHost + "/testapp:e2e", "pin: never", []string{"pin: never takes no tag", "cloister pin -f FILE"}},
-		"no such tag":         {registryHost + "/testapp:none", "", []string{"has no testapp:none", "cloister pin -f FILE"}},
-		"silent registry":     {node + ":" + strings.TrimPrefix(ready, "ready ") + "/testapp:e2e", "", []string{"does not answer in time", "cloister pin -f FILE"}},
-		"closed port":         {node + ":1/testapp:e2e", "", []string{"cannot be reached", "cloister pin -f FILE"}},
-		"private registry":    {node + ":" + strings.TrimPrefix(port, "ready ") + "/testapp:e2e", "", []string{"does not show testapp to whom it does not know", "cloister pin -f FILE"}},
-		"no TLS, not listed":  {"kubernetes.default.svc.cluster.local:443/testapp:e2e", "", []string{"has a certificate that is not trusted"}},
-		"cloud's metadata":    {"169.254.169.254:80/testapp:e2e", "", []string{"cannot be reached"}},
-		"the webhook's node":  {"127.0.0.1:8080/testapp:e2e", "", []string{"cannot be reached"}},
-		"name that is nobody": {"registry.invalid/testapp:e2e", "", []string{"has a name that does not resolve"}},
+		"pin: never":         {registryHost + "/testapp:e2e", "pin: never", []string{"pin: never takes no tag", "cloister pin -f FILE"}},
+		"no such tag":        {registryHost + "/testapp:none", "", []string{"has no testapp:none", "cloister pin -f FILE"}},
+		"silent registry":    {node + ":" + strings.TrimPrefix(ready, "ready ") + "/testapp:e2e", "", []string{"does not answer in time", "cloister pin -f FILE"}},
+		"closed port":        {node + ":1/testapp:e2e", "", []string{"cannot be reached", "cloister pin -f FILE"}},
+		"private registry":   {node + ":" + strings.TrimPrefix(port, "ready ") + "/testapp:e2e", "", []string{"refuses access to testapp", "cloister pin -f FILE"}},
+		"no TLS, not listed": {"kubernetes.default.svc.cluster.local:443/testapp:e2e", "", []string{"has a certificate that is not trusted"}},
+		"cloud's metadata":   {"169.254.169.254:80/testapp:e2e", "", []string{"cannot be reached"}},
+		"the webhook's node": {"127.0.0.1:8080/testapp:e2e", "", []string{"cannot be reached"}},
+		"nobody's name":      {"registry.nowhere.svc.cluster.local:5000/testapp:e2e", "", []string{"has a name that does not resolve"}},
 	} {
 		t.Run(title, func(t *testing.T) {
 			pod := c.appPod(t, "denied")

@@ -42,6 +42,9 @@ image() {
   echo "$key=$ref" >>"$OUT/images.env"
 }
 
+# The authorities of registries, as Debian has them: initboot and the webhook ask registries.
+roots=/etc/ssl/certs/ca-certificates.crt
+
 # Two images of one part. The release initboot lacks the code of the development NSM; the -dev one
 # has it and holds the development key, so it must never leave this machine.
 initboot() {
@@ -49,9 +52,9 @@ initboot() {
   binary initboot-dev initboot -tags devnsm
   "$HACK/base-eif.sh"
   "$HACK/dev-root.sh"
-  image initboot "$OUT"/{initboot,base.eif} -- \
+  image initboot "$OUT"/{initboot,base.eif} "$roots" -- --add "$roots:$roots" \
     --add "$OUT/initboot:/initboot" --add "$OUT/base.eif:/base.eif" --entrypoint '["/initboot"]'
-  image initboot-dev "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem -- \
+  image initboot-dev "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem "$roots" -- --add "$roots:$roots" \
     --add "$OUT/initboot-dev:/initboot" --add "$OUT/base-dev.eif:/base.eif" \
     --add "$CACHE/dev-root/key.pem:/etc/cloister/dev/key.pem:600" --add "$CACHE/dev-root/root.pem:/etc/cloister/dev/root.pem" \
     --entrypoint '["/initboot"]'
@@ -66,7 +69,7 @@ sidecar() {
 }
 webhook() {
   binary webhook webhook
-  image webhook "$OUT/webhook" -- --user 65532:65532 --add "$OUT/webhook:/webhook" --entrypoint '["/webhook"]'
+  image webhook "$OUT/webhook" "$roots" -- --user 65532:65532 --add "$roots:$roots" --add "$OUT/webhook:/webhook" --entrypoint '["/webhook"]'
 }
 controller() {
   binary controller controller

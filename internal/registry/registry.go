@@ -152,7 +152,7 @@ func explain(ctx context.Context, ref name.Reference, err error) string {
 	case errors.As(err, &answer) && answer.StatusCode == http.StatusNotFound:
 		return fmt.Sprintf("the registry %s has no %s", registry, ref.Context().RepositoryStr()+":"+ref.Identifier())
 	case errors.As(err, &answer) && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden):
-		return fmt.Sprintf("the registry %s does not show %s to whom it does not know", registry, ref.Context().RepositoryStr())
+		return fmt.Sprintf("the registry %s refuses access to %s", registry, ref.Context().RepositoryStr())
 	case errors.As(err, &answer) && answer.StatusCode == http.StatusTooManyRequests:
 		return fmt.Sprintf("the registry %s was asked too often", registry)
 	case errors.As(err, &answer):

@@ -111,9 +111,9 @@ func TestPin(t *testing.T) {
 		"digest":                {image: host(s) + "/team/app@" + digest.String(), client: Client{PlainHTTP: plain}, want: "has a digest already"},
 		"no reference":          {image: "UPPER/app:1", want: `"UPPER/app:1" is not an image reference`},
 		"missing tag":           {image: host(s) + "/team/app:2", client: Client{PlainHTTP: plain}, want: "the registry " + host(s) + " has no team/app:2"},
-		"without credentials":   {image: host(private) + "/team/app:1.2", client: Client{PlainHTTP: plain}, want: "does not show team/app to whom it does not know"},
+		"without credentials":   {image: host(private) + "/team/app:1.2", client: Client{PlainHTTP: plain}, want: "refuses access to team/app"},
 		"with credentials":      {image: host(private) + "/team/app:1.2", client: Client{PlainHTTP: plain, Keychain: keychain{"u", "p"}}},
-		"with wrong ones":       {image: host(private) + "/team/app:1.2", client: Client{PlainHTTP: plain, Keychain: keychain{"u", "q"}}, want: "does not show"},
+		"with wrong ones":       {image: host(private) + "/team/app:1.2", client: Client{PlainHTTP: plain, Keychain: keychain{"u", "q"}}, want: "refuses access"},
 		"error":                 {image: answering(500) + "/a:1", client: Client{PlainHTTP: plain}, want: "answers with HTTP status 500"},
 		"too many":              {image: answering(429) + "/a:1", client: Client{PlainHTTP: plain}, want: "was asked too often"},
 		"no registry":           {image: answering(200) + "/a:1", client: Client{PlainHTTP: plain}, want: "does not answer as one"},
@@ -174,4 +174,3 @@ func TestParse(t *testing.T) {
 		t.Errorf("empty list (-want +got):\n%s", diff)
 	}
 }
-
