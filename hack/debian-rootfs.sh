@@ -8,7 +8,8 @@ variant=$1 target=$2 packages=$3 suite=${4:-bookworm}
 sources=$RUN/$suite.sources
 "$HACK/apt-sources.sh" "$suite" >"$sources"
 # Java's package wants to link a page of the manual into the folder that is left out.
-mmdebstrap --mode=root --variant="$variant" --include="$packages" \
+# Its mounts are seen by nobody else, and gone with it, also when it is killed.
+unshare --mount mmdebstrap --mode=root --variant="$variant" --include="$packages" \
   --aptopt='APT::Install-Recommends "false"' \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
   --dpkgopt='path-exclude=/usr/share/locale/*' \
