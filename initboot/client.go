@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -26,6 +27,10 @@ import (
 // containers of one uid (fs.inotify.max_user_instances).
 const pollFiles = 5 * time.Second
 
+// consoleMemory is where the console's collector begins to spare no effort, in bytes: a run with all that the
+// host may supply must not end it, whose container has 64 MiB.
+const consoleMemory = 40 << 20
+
 // runConsole is the console.
 func runConsole(args []string) int {
 	f := flags("console")
@@ -38,6 +43,7 @@ func runConsole(args []string) int {
 	if !parse(f, args, os.Stderr) {
 		return 2
 	}
+	debug.SetMemoryLimit(consoleMemory)
 	stop, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	defer cancel()
 

@@ -1,6 +1,7 @@
 package console
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -19,7 +20,6 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
@@ -36,6 +36,8 @@ const (
 	// attempts is how often files that change while they are read are read again.
 	attempts = 5
 )
+
+var errTooMuch = fmt.Errorf("it is too much: all variables and files together can have %d bytes, and one mount %d files", workload.MaxHostValues, workload.MaxHostFiles)
 
 // Supplied is what the kubelet has resolved in this container for the workload.
 type Supplied struct {
@@ -206,30 +208,36 @@ func (r *reading) add(f *os.File, name string, limit int) error {
 	if !i.Mode().IsRegular() {
 		return fmt.Errorf("%s is not a regular file", f.Name())
 	}
-	rest := limit - r.size - len(name)
-	data, err := io.ReadAll(io.LimitReader(f, int64(max(rest, 0))+1))
-	if err != nil {
+	rest := int64(limit - r.size - len(name))
+	if i.Size() > rest || len(r.mount.Files) == workload.MaxHostFiles {
+		return errTooMuch
+	}
+	var data bytes.Buffer
+	data.Grow(int(i.Size()) + bytes.MinRead)
+	if _, err := data.ReadFrom(io.LimitReader(f, rest+1)); err != nil {
 		return err
 	}
-	if len(data) > rest || len(r.mount.Files) == workload.MaxHostFiles {
-		return fmt.Errorf("it is too much: all variables and files together can have %d bytes, and one mount %d files", workload.MaxHostValues, workload.MaxHostFiles)
+	if int64(data.Len()) > rest {
+		return errTooMuch
 	}
-	h := &channel.HostFile{Path: name, Data: data, Mode: uint32(i.Mode().Perm())}
+	h := &channel.HostFile{Path: name, Data: data.Bytes(), Mode: uint32(i.Mode().Perm())}
 	if st, ok := i.Sys().(*syscall.Stat_t); ok {
 		h.Gid = st.Gid
 	}
 	r.mount.Files = append(r.mount.Files, h)
-	r.size += len(name) + len(data)
+	r.size += len(name) + data.Len()
 	return nil
 }
 
 // sum tells whether two readings differ.
-func sum(m *channel.HostMount) [sha256.Size]byte {
-	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
-	if err != nil { // names are UTF-8
-		return [sha256.Size]byte{}
+func sum(m *channel.HostMount) (out [sha256.Size]byte) {
+	h := sha256.New()
+	for _, f := range m.GetFiles() {
+		fmt.Fprintf(h, "%q %o %d %d\n", f.GetPath(), f.GetMode(), f.GetGid(), len(f.GetData()))
+		h.Write(f.GetData())
 	}
-	return sha256.Sum256(b)
+	h.Sum(out[:0])
+	return out
 }
 
 // Follow calls update with each mount whose files are no longer those of v, until ctx ends. An update that
