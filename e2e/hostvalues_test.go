@@ -28,7 +28,8 @@ func (ns *namespace) hostObjects(t *testing.T) {
 	}
 }
 
-// hostPod has a value of every kind from the host. Its init container leaves a file for the enclave.
+// hostPod has a value of every kind from the host. Its init container leaves a file for the enclave, and
+// its container "writer" can make more.
 func (c *cluster) hostPod(t *testing.T, name string) *corev1.Pod {
 	t.Helper()
 	pod := c.appPod(t, name)
@@ -77,6 +78,10 @@ func (c *cluster) hostPod(t *testing.T, name string) *corev1.Pod {
 		Name: "render", Image: localImage, Command: []string{"/testapp", "write", "/out/rendered/page", "by the init container"},
 		VolumeMounts: []corev1.VolumeMount{{Name: "shared", MountPath: "/out"}},
 	}}
+	pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{
+		Name: "writer", Image: localImage, Command: []string{"/testapp", "serve", "-listen", ":9090"},
+		VolumeMounts: []corev1.VolumeMount{{Name: "shared", MountPath: "/out"}},
+	})
 	return pod
 }
 
@@ -138,6 +143,11 @@ func TestHostValues(t *testing.T) {
 		eventually(t, 3*time.Minute, "the changed labels inside "+p.Name, func() (bool, string) {
 			got := read(addr, "/etc/podinfo/labels")
 			return strings.Contains(got, `changed="yes"`), got
+		})
+		plainGet(t, ns.forward(t, "pod/"+p.Name, 9090), "/touch?file=/out/rendered/late")
+		eventually(t, 30*time.Second, "the other container's file inside "+p.Name, func() (bool, string) {
+			got := read(addr, "/shared/rendered/late")
+			return got == "" && read(addr, "/shared/rendered/page") == "by the init container", got
 		})
 		if got := read(addr, "/srv/app.conf"); got != "one" {
 			t.Errorf("%s: the file of a subPath changed to %q, which it does not in any pod", p.Name, got)

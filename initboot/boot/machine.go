@@ -453,14 +453,18 @@ func (m *Machine) follow(l *lease, ev *channel.RunEvent) (last bool) {
 }
 
 // Update implements podsock.PodServer.
-func (m *Machine) Update(ctx context.Context, r *channel.UpdateRequest) (*channel.UpdateResponse, error) {
+func (m *Machine) Update(ctx context.Context, r *podsock.UpdateRequest) (*channel.UpdateResponse, error) {
 	m.mu.Lock()
 	l := m.current
 	m.mu.Unlock()
 	if l == nil {
 		return nil, status.Error(codes.Unavailable, "no workload runs")
 	}
-	out, err := l.enclave.client.Update(ctx, r)
+	if problem := r.GetProblem(); problem != "" {
+		m.cfg.Log.Error("changed files of the host cannot be read", "generation", l.enclave.generation, "error", problem)
+		return &channel.UpdateResponse{}, nil
+	}
+	out, err := l.enclave.client.Update(ctx, &channel.UpdateRequest{Mount: r.GetMount()})
 	if c := status.Code(err); c == codes.InvalidArgument || c == codes.ResourceExhausted {
 		m.cfg.Log.Error("the enclave refuses changed files of the host", "generation", l.enclave.generation, "error", message(err))
 	}

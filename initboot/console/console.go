@@ -124,10 +124,7 @@ func (c *Console) follow(ctx context.Context, values *channel.HostValues) (exite
 		}
 		if !begun {
 			begun = true
-			c.Supplied.Follow(ctx, values, func(ctx context.Context, m *channel.HostMount) error {
-				_, err := c.Pod.Update(ctx, &channel.UpdateRequest{Mount: m})
-				return err
-			})
+			c.Supplied.Follow(ctx, values, c.Pod)
 			proto.Reset(values) // the enclave has them
 		}
 		switch ev := ev.Event.(type) {

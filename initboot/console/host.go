@@ -23,6 +23,7 @@ import (
 
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
+	"cloister.dev/cloister/internal/podsock"
 	"cloister.dev/cloister/workload"
 )
 
@@ -240,43 +241,48 @@ func sum(m *channel.HostMount) (out [sha256.Size]byte) {
 	return out
 }
 
-// Follow calls update with each mount whose files are no longer those of v, until ctx ends. An update that
-// fails as one does while there is no workload is tried again; one that is refused is not.
-func (s *Supplied) Follow(ctx context.Context, v *channel.HostValues, update func(context.Context, *channel.HostMount) error) {
+// Follow sends each mount whose files are no longer those of v to pod, until ctx ends. An update that fails
+// as one does while there is no workload is tried again; one that is refused is not. Files that cannot be
+// read are told once.
+func (s *Supplied) Follow(ctx context.Context, v *channel.HostValues, pod podsock.PodClient) {
 	for _, m := range v.GetMounts() {
 		if files := m.GetFiles(); len(files) == 1 && files[0].GetPath() == "" {
 			continue // a file of a subPath: the kubelet never changes it
 		}
-		go s.follow(ctx, m.GetPath(), sum(m), update)
+		go s.follow(ctx, m.GetPath(), sum(m), pod)
 	}
 }
 
-func (s *Supplied) follow(ctx context.Context, p string, last [sha256.Size]byte, update func(context.Context, *channel.HostMount) error) {
+func (s *Supplied) follow(ctx context.Context, p string, last [sha256.Size]byte, pod podsock.PodClient) {
 	changes := s.newWatch()
 	defer changes.close()
+	told := ""
 	for {
 		r, err := readMount(p, workload.MaxHostValues)
-		again := false
-		if err == nil {
-			again = changes.add(r.folders)
-			if now := sum(r.mount); now != last && !again {
-				err = update(ctx, r.mount)
+		again := err == nil && changes.add(r.folders) // something may have changed before its folder was watched
+		switch {
+		case again:
+		case err != nil:
+			if told != err.Error() {
+				if _, sent := pod.Update(ctx, &podsock.UpdateRequest{Problem: err.Error()}); sent == nil {
+					told = err.Error()
+				}
+			}
+		default:
+			told = ""
+			if now := sum(r.mount); now != last {
+				_, err = pod.Update(ctx, &podsock.UpdateRequest{Mount: r.mount})
 				if c := status.Code(err); err == nil || c == codes.InvalidArgument || c == codes.ResourceExhausted {
 					last, err = now, nil
 				}
 			}
 		}
 		r = nil // not kept while nothing happens
-		switch {
-		case again: // something may have changed before its folder was watched
-		case err != nil: // files that cannot be read for now, or a workload that is not there yet
-			if !sleep(ctx, retry) {
-				return
-			}
-		default:
-			if !changes.wait(ctx) {
-				return
-			}
+		if again {
+			continue
+		}
+		if err == nil && !changes.wait(ctx) || err != nil && !sleep(ctx, retry) {
+			return
 		}
 	}
 }

@@ -3,6 +3,7 @@ package console
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -244,4 +245,47 @@ func TestLargeValues(t *testing.T) {
 	}
 	r.stop()
 	r.wait(t)
+}
+
+// TestUnreadableLater: files that cannot be read leave the old ones there, and initboot's log says why.
+func TestUnreadableLater(t *testing.T) {
+	dir := t.TempDir()
+	var u updates
+	var log syncBuffer
+	i := newInitboot(t, hold)
+	i.driver.Update = u.update
+	i.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+	i.start(t)
+	r := i.consoleWith(t, 30*time.Second, Supplied{Mounts: []string{dir}, Poll: time.Hour})
+	until(t, r.started)
+	if err := os.Symlink("/etc/passwd", dir+"/x"); err != nil {
+		t.Fatal(err)
+	}
+	until(t, func() bool { return strings.Contains(log.String(), "changed files of the host cannot be read") })
+	if err := errors.Join(os.Remove(dir+"/x"), os.WriteFile(dir+"/y", []byte("1"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	until(t, func() bool { return u.last() == "y=1 " })
+	if n := strings.Count(log.String(), "cannot be read"); n != 1 {
+		t.Errorf("told %d times", n)
+	}
+	r.stop()
+	r.wait(t)
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.String()
 }

@@ -373,6 +373,60 @@ func (x *RunRequest) GetValues() *channel.HostValues {
 	return nil
 }
 
+type UpdateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Mount *channel.HostMount     `protobuf:"bytes,1,opt,name=mount,proto3" json:"mount,omitempty"`
+	// Why the files of the mount cannot be read, one sentence: then they stay as they are, and initboot's log
+	// says so.
+	Problem       string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRequest) Reset() {
+	*x = UpdateRequest{}
+	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRequest) ProtoMessage() {}
+
+func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRequest) Descriptor() ([]byte, []int) {
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *UpdateRequest) GetMount() *channel.HostMount {
+	if x != nil {
+		return x.Mount
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type ProbeResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Ok      bool                   `protobuf:"varint,1,opt,name=ok,proto3" json:"ok,omitempty"`
@@ -387,7 +441,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +453,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_podsock_podsock_proto_msgTypes[5]
+	mi := &file_internal_podsock_podsock_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +466,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{5}
+	return file_internal_podsock_podsock_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ProbeResponse) GetOk() bool {
@@ -480,7 +534,10 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\x10RegisterResponse\"E\n" +
 	"\n" +
 	"RunRequest\x127\n" +
-	"\x06values\x18\x01 \x01(\v2\x1f.cloister.channel.v1.HostValuesR\x06values\"r\n" +
+	"\x06values\x18\x01 \x01(\v2\x1f.cloister.channel.v1.HostValuesR\x06values\"_\n" +
+	"\rUpdateRequest\x124\n" +
+	"\x05mount\x18\x01 \x01(\v2\x1e.cloister.channel.v1.HostMountR\x05mount\x12\x18\n" +
+	"\aproblem\x18\x02 \x01(\tR\aproblem\"r\n" +
 	"\rProbeResponse\x12\x0e\n" +
 	"\x02ok\x18\x01 \x01(\bR\x02ok\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x18\n" +
@@ -491,7 +548,7 @@ const file_internal_podsock_podsock_proto_rawDesc = "" +
 	"\x05Watch\x12!.cloister.podsock.v1.WatchRequest\x1a!.cloister.podsock.v1.EnclaveState0\x01\x12W\n" +
 	"\bRegister\x12$.cloister.podsock.v1.RegisterRequest\x1a%.cloister.podsock.v1.RegisterResponse\x12G\n" +
 	"\x03Run\x12\x1f.cloister.podsock.v1.RunRequest\x1a\x1d.cloister.channel.v1.RunEvent0\x01\x12Q\n" +
-	"\x06Update\x12\".cloister.channel.v1.UpdateRequest\x1a#.cloister.channel.v1.UpdateResponse\x12N\n" +
+	"\x06Update\x12\".cloister.podsock.v1.UpdateRequest\x1a#.cloister.channel.v1.UpdateResponse\x12N\n" +
 	"\x05Probe\x12!.cloister.channel.v1.ProbeRequest\x1a\".cloister.podsock.v1.ProbeResponse\x12N\n" +
 	"\x05Stats\x12!.cloister.channel.v1.StatsRequest\x1a\".cloister.channel.v1.StatsResponse\x12K\n" +
 	"\x04Stop\x12 .cloister.channel.v1.StopRequest\x1a!.cloister.channel.v1.StopResponseB(Z&cloister.dev/cloister/internal/podsockb\x06proto3"
@@ -509,7 +566,7 @@ func file_internal_podsock_podsock_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_podsock_podsock_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_internal_podsock_podsock_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_internal_podsock_podsock_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_internal_podsock_podsock_proto_goTypes = []any{
 	(EnclaveState_Phase)(0),        // 0: cloister.podsock.v1.EnclaveState.Phase
 	(*WatchRequest)(nil),           // 1: cloister.podsock.v1.WatchRequest
@@ -517,41 +574,43 @@ var file_internal_podsock_podsock_proto_goTypes = []any{
 	(*RegisterRequest)(nil),        // 3: cloister.podsock.v1.RegisterRequest
 	(*RegisterResponse)(nil),       // 4: cloister.podsock.v1.RegisterResponse
 	(*RunRequest)(nil),             // 5: cloister.podsock.v1.RunRequest
-	(*ProbeResponse)(nil),          // 6: cloister.podsock.v1.ProbeResponse
-	(*channel.Progress)(nil),       // 7: cloister.channel.v1.Progress
-	(*channel.HostValues)(nil),     // 8: cloister.channel.v1.HostValues
-	(*channel.UpdateRequest)(nil),  // 9: cloister.channel.v1.UpdateRequest
-	(*channel.ProbeRequest)(nil),   // 10: cloister.channel.v1.ProbeRequest
-	(*channel.StatsRequest)(nil),   // 11: cloister.channel.v1.StatsRequest
-	(*channel.StopRequest)(nil),    // 12: cloister.channel.v1.StopRequest
-	(*channel.RunEvent)(nil),       // 13: cloister.channel.v1.RunEvent
-	(*channel.UpdateResponse)(nil), // 14: cloister.channel.v1.UpdateResponse
-	(*channel.StatsResponse)(nil),  // 15: cloister.channel.v1.StatsResponse
-	(*channel.StopResponse)(nil),   // 16: cloister.channel.v1.StopResponse
+	(*UpdateRequest)(nil),          // 6: cloister.podsock.v1.UpdateRequest
+	(*ProbeResponse)(nil),          // 7: cloister.podsock.v1.ProbeResponse
+	(*channel.Progress)(nil),       // 8: cloister.channel.v1.Progress
+	(*channel.HostValues)(nil),     // 9: cloister.channel.v1.HostValues
+	(*channel.HostMount)(nil),      // 10: cloister.channel.v1.HostMount
+	(*channel.ProbeRequest)(nil),   // 11: cloister.channel.v1.ProbeRequest
+	(*channel.StatsRequest)(nil),   // 12: cloister.channel.v1.StatsRequest
+	(*channel.StopRequest)(nil),    // 13: cloister.channel.v1.StopRequest
+	(*channel.RunEvent)(nil),       // 14: cloister.channel.v1.RunEvent
+	(*channel.UpdateResponse)(nil), // 15: cloister.channel.v1.UpdateResponse
+	(*channel.StatsResponse)(nil),  // 16: cloister.channel.v1.StatsResponse
+	(*channel.StopResponse)(nil),   // 17: cloister.channel.v1.StopResponse
 }
 var file_internal_podsock_podsock_proto_depIdxs = []int32{
 	0,  // 0: cloister.podsock.v1.EnclaveState.phase:type_name -> cloister.podsock.v1.EnclaveState.Phase
-	7,  // 1: cloister.podsock.v1.EnclaveState.progress:type_name -> cloister.channel.v1.Progress
-	8,  // 2: cloister.podsock.v1.RunRequest.values:type_name -> cloister.channel.v1.HostValues
-	1,  // 3: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
-	3,  // 4: cloister.podsock.v1.Pod.Register:input_type -> cloister.podsock.v1.RegisterRequest
-	5,  // 5: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
-	9,  // 6: cloister.podsock.v1.Pod.Update:input_type -> cloister.channel.v1.UpdateRequest
-	10, // 7: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
-	11, // 8: cloister.podsock.v1.Pod.Stats:input_type -> cloister.channel.v1.StatsRequest
-	12, // 9: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
-	2,  // 10: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
-	4,  // 11: cloister.podsock.v1.Pod.Register:output_type -> cloister.podsock.v1.RegisterResponse
-	13, // 12: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
-	14, // 13: cloister.podsock.v1.Pod.Update:output_type -> cloister.channel.v1.UpdateResponse
-	6,  // 14: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
-	15, // 15: cloister.podsock.v1.Pod.Stats:output_type -> cloister.channel.v1.StatsResponse
-	16, // 16: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
-	10, // [10:17] is the sub-list for method output_type
-	3,  // [3:10] is the sub-list for method input_type
-	3,  // [3:3] is the sub-list for extension type_name
-	3,  // [3:3] is the sub-list for extension extendee
-	0,  // [0:3] is the sub-list for field type_name
+	8,  // 1: cloister.podsock.v1.EnclaveState.progress:type_name -> cloister.channel.v1.Progress
+	9,  // 2: cloister.podsock.v1.RunRequest.values:type_name -> cloister.channel.v1.HostValues
+	10, // 3: cloister.podsock.v1.UpdateRequest.mount:type_name -> cloister.channel.v1.HostMount
+	1,  // 4: cloister.podsock.v1.Pod.Watch:input_type -> cloister.podsock.v1.WatchRequest
+	3,  // 5: cloister.podsock.v1.Pod.Register:input_type -> cloister.podsock.v1.RegisterRequest
+	5,  // 6: cloister.podsock.v1.Pod.Run:input_type -> cloister.podsock.v1.RunRequest
+	6,  // 7: cloister.podsock.v1.Pod.Update:input_type -> cloister.podsock.v1.UpdateRequest
+	11, // 8: cloister.podsock.v1.Pod.Probe:input_type -> cloister.channel.v1.ProbeRequest
+	12, // 9: cloister.podsock.v1.Pod.Stats:input_type -> cloister.channel.v1.StatsRequest
+	13, // 10: cloister.podsock.v1.Pod.Stop:input_type -> cloister.channel.v1.StopRequest
+	2,  // 11: cloister.podsock.v1.Pod.Watch:output_type -> cloister.podsock.v1.EnclaveState
+	4,  // 12: cloister.podsock.v1.Pod.Register:output_type -> cloister.podsock.v1.RegisterResponse
+	14, // 13: cloister.podsock.v1.Pod.Run:output_type -> cloister.channel.v1.RunEvent
+	15, // 14: cloister.podsock.v1.Pod.Update:output_type -> cloister.channel.v1.UpdateResponse
+	7,  // 15: cloister.podsock.v1.Pod.Probe:output_type -> cloister.podsock.v1.ProbeResponse
+	16, // 16: cloister.podsock.v1.Pod.Stats:output_type -> cloister.channel.v1.StatsResponse
+	17, // 17: cloister.podsock.v1.Pod.Stop:output_type -> cloister.channel.v1.StopResponse
+	11, // [11:18] is the sub-list for method output_type
+	4,  // [4:11] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_internal_podsock_podsock_proto_init() }
@@ -565,7 +624,7 @@ func file_internal_podsock_podsock_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_podsock_podsock_proto_rawDesc), len(file_internal_podsock_podsock_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

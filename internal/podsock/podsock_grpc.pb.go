@@ -48,7 +48,7 @@ type PodClient interface {
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[channel.RunEvent], error)
 	// Update hands over what the host supplies for one mount of the present run; see Enclave.Update. It fails
 	// with Unavailable while there is none.
-	Update(ctx context.Context, in *channel.UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error)
+	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error)
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(ctx context.Context, in *channel.ProbeRequest, opts ...grpc.CallOption) (*ProbeResponse, error)
 	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
@@ -114,7 +114,7 @@ func (c *podClient) Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOp
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Pod_RunClient = grpc.ServerStreamingClient[channel.RunEvent]
 
-func (c *podClient) Update(ctx context.Context, in *channel.UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error) {
+func (c *podClient) Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*channel.UpdateResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(channel.UpdateResponse)
 	err := c.cc.Invoke(ctx, Pod_Update_FullMethodName, in, out, cOpts...)
@@ -173,7 +173,7 @@ type PodServer interface {
 	Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error
 	// Update hands over what the host supplies for one mount of the present run; see Enclave.Update. It fails
 	// with Unavailable while there is none.
-	Update(context.Context, *channel.UpdateRequest) (*channel.UpdateResponse, error)
+	Update(context.Context, *UpdateRequest) (*channel.UpdateResponse, error)
 	// Probe runs one probe of the workload inside the enclave.
 	Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error)
 	// Stats returns the counters of the enclave of the present run; see Enclave.Stats. It fails with
@@ -200,7 +200,7 @@ func (UnimplementedPodServer) Register(context.Context, *RegisterRequest) (*Regi
 func (UnimplementedPodServer) Run(*RunRequest, grpc.ServerStreamingServer[channel.RunEvent]) error {
 	return status.Error(codes.Unimplemented, "method Run not implemented")
 }
-func (UnimplementedPodServer) Update(context.Context, *channel.UpdateRequest) (*channel.UpdateResponse, error) {
+func (UnimplementedPodServer) Update(context.Context, *UpdateRequest) (*channel.UpdateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Update not implemented")
 }
 func (UnimplementedPodServer) Probe(context.Context, *channel.ProbeRequest) (*ProbeResponse, error) {
@@ -274,7 +274,7 @@ func _Pod_Run_Handler(srv interface{}, stream grpc.ServerStream) error {
 type Pod_RunServer = grpc.ServerStreamingServer[channel.RunEvent]
 
 func _Pod_Update_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(channel.UpdateRequest)
+	in := new(UpdateRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
@@ -286,7 +286,7 @@ func _Pod_Update_Handler(srv interface{}, ctx context.Context, dec func(interfac
 		FullMethod: Pod_Update_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(PodServer).Update(ctx, req.(*channel.UpdateRequest))
+		return srv.(PodServer).Update(ctx, req.(*UpdateRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }

@@ -300,18 +300,20 @@ func noToken(m *workload.Manifest) []corev1.VolumeMount {
 	return []corev1.VolumeMount{mountNoToken}
 }
 
-// rootConsole tells whether only root can read files that the console has to read for a workload that may
-// run as root. The console then does, without any capability.
+// rootConsole tells whether it may be that only root can read files that the console has to read for a
+// workload that may run as root. The console then does, without any capability.
 func rootConsole(spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest) bool {
 	if u := m.User; u != nil && (u.NonRoot || u.UID != nil && *u.UID != 0) {
 		return false // the workload could not read them either
 	}
-	if sc := spec.SecurityContext; sc != nil && sc.FSGroup != nil {
-		return false // the kubelet lets this group read everything
-	}
+	sc := spec.SecurityContext
+	group := sc != nil && sc.FSGroup != nil // the kubelet lets it read its own files
 	for i := range c.VolumeMounts {
-		if v := volume(spec, c.VolumeMounts[i].Name); v != nil && isHostMount(m, &c.VolumeMounts[i]) &&
-			slices.ContainsFunc(modes(v), func(mode *int32) bool { return mode != nil && *mode&0o004 == 0 }) {
+		v := volume(spec, c.VolumeMounts[i].Name)
+		if v == nil || !isHostMount(m, &c.VolumeMounts[i]) {
+			continue
+		}
+		if !hostVolume(v) || !group && slices.ContainsFunc(modes(v), func(mode *int32) bool { return mode != nil && *mode&0o004 == 0 }) {
 			return true
 		}
 	}
