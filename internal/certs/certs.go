@@ -39,6 +39,9 @@ const (
 	// keyCert and keyKey are the signing CA.
 	keyCert = corev1.TLSCertKey
 	keyKey  = corev1.TLSPrivateKeyKey
+	// keyNextCert and keyNextKey are the CA that will sign next, if there is one.
+	keyNextCert = "next.crt"
+	keyNextKey  = "next.key"
 )
 
 const (
@@ -48,7 +51,7 @@ const (
 	skew = 10 * time.Minute
 	// settle is how long a new CA must have been in the caBundle before its certificates are served: API
 	// servers learn of a changed registration by watching it.
-	settle = time.Minute
+	settle = 30 * time.Second
 )
 
 // Source issues the serving certificate and keeps the caBundle in step.
@@ -71,17 +74,25 @@ type Source struct {
 	issued  []func()
 	serving *tls.Certificate // issued by issuer
 	issuer  *x509.Certificate
+	bundle  []*x509.Certificate
 	ready   error // why the certificate must not be served; nil when it may
-	// seen is when the newest CA was first found in the caBundle, and which one that was.
+	// seen is when the newest CA was first found in the caBundle, and which one that was. It is measured
+	// here and not written down: clocks of machines differ.
 	seen   time.Time
 	seenCA *x509.Certificate
 }
 
+// signer is a CA.
+type signer struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
 // authority is what the Secret holds.
 type authority struct {
-	cert   *x509.Certificate
-	key    crypto.Signer
-	bundle []*x509.Certificate // cert first
+	signer
+	next   *signer             // takes over once every API server knows it
+	bundle []*x509.Certificate // all that are valid, the signing one first
 }
 
 // errNotSynced is the state before the first Sync.
@@ -149,36 +160,47 @@ func (s *Source) Run(ctx context.Context) {
 	}
 }
 
+// ServerName is the name that API servers call the server by.
+func (s *Source) ServerName() string { return s.Service + "." + s.Namespace + ".svc" }
+
+// Roots returns what the caBundle was when it was last read or written.
+func (s *Source) Roots() *x509.CertPool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	pool := x509.NewCertPool()
+	for _, c := range s.bundle {
+		pool.AddCert(c)
+	}
+	return pool
+}
+
 // Sync does one step: it makes or rotates the CA, brings the caBundle in step, and renews the serving
-// certificate. It is safe to run in several replicas at once.
+// certificate. It is safe to run in several replicas at once: of two that write, one gets a conflict and
+// reads what the other has written in its next step.
 func (s *Source) Sync(ctx context.Context) error {
 	ca, err := s.authority(ctx)
 	if err != nil {
 		s.setReady(err)
 		return err
 	}
-	published, err := s.publish(ctx, ca.bundle)
-	if err != nil {
+	if err := s.serve(ca); err != nil {
 		s.setReady(err)
 		return err
 	}
-	if !contains(published, ca.cert) {
-		err := fmt.Errorf("the caBundle of %s lacks the certificate authority", s.Target)
-		s.setReady(err)
-		return err
-	}
+	return nil
+}
+
+// serve brings the serving certificate in step with the CA, which is in the caBundle.
+func (s *Source) serve(ca *authority) error {
 	now := s.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.seenCA == nil || !s.seenCA.Equal(ca.cert) {
-		s.seenCA, s.seen = ca.cert, now
-	}
-	s.ready = nil
-	if s.serving != nil && (!contains(published, s.issuer) || !now.Before(s.serving.Leaf.NotAfter)) {
+	s.bundle, s.ready = ca.bundle, nil
+	if s.serving != nil && (!contains(ca.bundle, s.issuer) || !now.Before(s.serving.Leaf.NotAfter)) {
 		s.serving = nil // its CA was replaced by hand, or the clock jumped: it is of no use
 	}
-	if s.serving != nil && !s.issuer.Equal(ca.cert) && now.Sub(s.seen) < settle {
-		return nil // the API servers may not know the new CA yet
+	if s.serving != nil && !s.issuer.Equal(ca.cert) && ca.next == nil && now.Sub(s.seen) < settle {
+		return nil // the Secret was deleted and made anew: API servers may not know the new CA yet
 	}
 	if s.serving != nil && s.issuer.Equal(ca.cert) && now.Before(renewAt(s.serving.Leaf)) {
 		return nil
@@ -193,6 +215,17 @@ func (s *Source) Sync(ctx context.Context) error {
 		go f() // it may ask for the certificate
 	}
 	return nil
+}
+
+// settled tells whether API servers know the CA, which is in the caBundle now.
+func (s *Source) settled(newest *x509.Certificate) bool {
+	now := s.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.seenCA == nil || !s.seenCA.Equal(newest) {
+		s.seenCA, s.seen = newest, now
+	}
+	return now.Sub(s.seen) >= settle
 }
 
 func (s *Source) setReady(err error) {
@@ -213,76 +246,129 @@ func contains(list []*x509.Certificate, c *x509.Certificate) bool {
 	return slices.ContainsFunc(list, c.Equal)
 }
 
-// authority reads the CA from the Secret. It makes the Secret if there is none, and replaces a CA that is
-// in the last third of its life; whoever comes second reads what the first has written.
+// authority returns the CA with its bundle, which it has published. It does one step of a rotation where one
+// is due.
 func (s *Source) authority(ctx context.Context) (*authority, error) {
+	secret, ca, err := s.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if ca.next == nil && !s.Now().Before(renewAt(ca.cert)) {
+		if ca.next, err = newSigner(s.Service, s.Now()); err != nil {
+			return nil, err
+		}
+		ca.bundle = append(ca.bundle, ca.next.cert)
+		if err := s.write(ctx, secret, ca); err != nil {
+			return nil, err
+		}
+		s.Log.Info("next certificate authority made", "notAfter", ca.next.cert.NotAfter)
+	}
+	if err := s.publish(ctx, ca.bundle); err != nil {
+		return nil, err
+	}
+	newest := ca.cert
+	if ca.next != nil {
+		newest = ca.next.cert
+	}
+	// A CA that has expired meanwhile, because no replica ran, leaves nothing to wait for.
+	if settled := s.settled(newest); ca.next != nil && (settled || !s.Now().Before(ca.cert.NotAfter)) {
+		ca.signer, ca.next = *ca.next, nil
+		ca.bundle = first(ca.bundle, ca.cert)
+		if err := s.write(ctx, secret, ca); err != nil {
+			return nil, err
+		}
+		s.Log.Info("certificate authority rotated", "notAfter", ca.cert.NotAfter)
+	}
+	return ca, nil
+}
+
+// first returns the list with c at its head.
+func first(list []*x509.Certificate, c *x509.Certificate) []*x509.Certificate {
+	return append([]*x509.Certificate{c}, slices.DeleteFunc(slices.Clone(list), c.Equal)...)
+}
+
+// read returns what the Secret holds. It makes the Secret if there is none; whoever comes second reads what
+// the first has written. What the caBundle holds then stays in it, because replicas may still serve it.
+func (s *Source) read(ctx context.Context) (*corev1.Secret, *authority, error) {
 	key := types.NamespacedName{Namespace: s.Namespace, Name: s.Secret}
 	var secret corev1.Secret
 	err := s.Client.Get(ctx, key, &secret)
 	if apierrors.IsNotFound(err) {
-		ca, err := newAuthority(s.Service, s.Now(), nil)
+		_, fields, err := s.target(ctx)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
+		}
+		made, err := newSigner(s.Service, s.Now())
+		if err != nil {
+			return nil, nil, err
+		}
+		ca := &authority{signer: *made, bundle: []*x509.Certificate{made.cert}}
+		for _, f := range fields {
+			ca.bundle = appendValid(ca.bundle, f.certificates(), s.Now())
 		}
 		secret = corev1.Secret{
 			ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Secret},
 			Type:       corev1.SecretTypeTLS,
 		}
 		if secret.Data, err = ca.data(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		switch err := s.Client.Create(ctx, &secret); {
 		case apierrors.IsAlreadyExists(err):
 			if err := s.Client.Get(ctx, key, &secret); err != nil {
-				return nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
+				return nil, nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
 			}
 		case err != nil:
-			return nil, fmt.Errorf("create secret %s: %w", s.Secret, err)
+			return nil, nil, fmt.Errorf("create secret %s: %w", s.Secret, err)
 		default:
 			s.Log.Info("certificate authority made", "notAfter", ca.cert.NotAfter)
-			return ca, nil
+			return &secret, ca, nil
 		}
 	} else if err != nil {
-		return nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
+		return nil, nil, fmt.Errorf("read secret %s: %w", s.Secret, err)
 	}
-
 	ca, err := parseAuthority(secret.Data, s.Now())
 	if err != nil {
-		return nil, fmt.Errorf("read secret %s: %w; delete it, and a new one is made", s.Secret, err)
+		return nil, nil, fmt.Errorf("read secret %s: %w; delete it, and a new one is made", s.Secret, err)
 	}
-	if s.Now().Before(renewAt(ca.cert)) {
-		return ca, nil
-	}
-	next, err := newAuthority(s.Service, s.Now(), ca.bundle)
-	if err != nil {
-		return nil, err
-	}
-	if secret.Data, err = next.data(); err != nil {
-		return nil, err
-	}
-	// The resource version in it makes a second replica's update a conflict.
-	if err := s.Client.Update(ctx, &secret); err != nil {
-		// After a conflict the old bundle must not be published: the next step reads the new one.
-		return nil, fmt.Errorf("rotate secret %s: %w", s.Secret, err)
-	}
-	s.Log.Info("certificate authority rotated", "notAfter", next.cert.NotAfter)
-	return next, nil
+	return &secret, ca, nil
 }
 
-// publish writes the bundle into the target where it differs, and returns what all of its places hold
-// now.
-func (s *Source) publish(ctx context.Context, bundle []*x509.Certificate) ([]*x509.Certificate, error) {
+// write puts ca into the Secret. The resource version in it makes a second replica's write a conflict.
+func (s *Source) write(ctx context.Context, secret *corev1.Secret, ca *authority) error {
+	data, err := ca.data()
+	if err != nil {
+		return err
+	}
+	secret.Data = data
+	if err := s.Client.Update(ctx, secret); err != nil {
+		return fmt.Errorf("write secret %s: %w", s.Secret, err)
+	}
+	return nil
+}
+
+// target reads the object that names the caBundle, and its places.
+func (s *Source) target(ctx context.Context) (*unstructured.Unstructured, []bundleField, error) {
 	var object unstructured.Unstructured
 	object.SetGroupVersionKind(s.Target.kind)
 	if err := s.Client.Get(ctx, types.NamespacedName{Name: s.Target.name}, &object); err != nil {
-		return nil, fmt.Errorf("read %s: %w", s.Target, err)
+		return nil, nil, fmt.Errorf("read %s: %w", s.Target, err)
 	}
 	fields, err := s.Target.fields(object.Object)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", s.Target, err)
+		return nil, nil, fmt.Errorf("read %s: %w", s.Target, err)
 	}
 	if len(fields) == 0 {
-		return nil, fmt.Errorf("%s has no place for a caBundle: apply the manifests again", s.Target)
+		return nil, nil, fmt.Errorf("%s has no place for a caBundle: apply the manifests again", s.Target)
+	}
+	return &object, fields, nil
+}
+
+// publish writes the bundle into each place of the target where it differs.
+func (s *Source) publish(ctx context.Context, bundle []*x509.Certificate) error {
+	object, fields, err := s.target(ctx)
+	if err != nil {
+		return err
 	}
 	want := base64.StdEncoding.EncodeToString(encodeCerts(bundle))
 	// The test of the version makes a concurrent change an error, and the next step tries again.
@@ -295,14 +381,14 @@ func (s *Source) publish(ctx context.Context, bundle []*x509.Certificate) ([]*x5
 		}
 	}
 	if !changed {
-		return bundle, nil
+		return nil
 	}
 	ops = append(ops, ']')
-	if err := s.Client.Patch(ctx, &object, client.RawPatch(types.JSONPatchType, ops)); err != nil {
-		return nil, fmt.Errorf("write caBundle of %s: %w", s.Target, err)
+	if err := s.Client.Patch(ctx, object, client.RawPatch(types.JSONPatchType, ops)); err != nil {
+		return fmt.Errorf("write caBundle of %s: %w", s.Target, err)
 	}
 	s.Log.Info("caBundle written", "certificates", len(bundle))
-	return bundle, nil
+	return nil
 }
 
 // issue makes a serving certificate.
@@ -311,7 +397,7 @@ func (s *Source) issue(ca *authority) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generate serving key: %w", err)
 	}
-	name := s.Service + "." + s.Namespace + ".svc"
+	name := s.ServerName()
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: name},
 		DNSNames:    []string{name, name + ".cluster.local"},
@@ -327,8 +413,8 @@ func (s *Source) issue(ca *authority) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
-// newAuthority makes the CA of a Service. The bundle keeps the older ones.
-func newAuthority(service string, now time.Time, older []*x509.Certificate) (*authority, error) {
+// newSigner makes a CA for a Service.
+func newSigner(service string, now time.Time) (*signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("generate key of the certificate authority: %w", err)
@@ -346,7 +432,7 @@ func newAuthority(service string, now time.Time, older []*x509.Certificate) (*au
 	if err != nil {
 		return nil, err
 	}
-	return &authority{cert: cert, key: key, bundle: append([]*x509.Certificate{cert}, older...)}, nil
+	return &signer{cert, key}, nil
 }
 
 // sign gives the template a serial number of 127 random bits and signs it.
@@ -364,40 +450,81 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 }
 
 func (a *authority) data() (map[string][]byte, error) {
-	der, err := x509.MarshalPKCS8PrivateKey(a.key)
-	if err != nil {
-		return nil, fmt.Errorf("encode key of the certificate authority: %w", err)
+	data := map[string][]byte{keyBundle: encodeCerts(a.bundle)}
+	put := func(s *signer, keyCert, keyKey string) error {
+		der, err := x509.MarshalPKCS8PrivateKey(s.key)
+		if err != nil {
+			return fmt.Errorf("encode key of the certificate authority: %w", err)
+		}
+		data[keyCert] = encodeCerts([]*x509.Certificate{s.cert})
+		data[keyKey] = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+		return nil
 	}
-	return map[string][]byte{
-		keyBundle: encodeCerts(a.bundle),
-		keyCert:   encodeCerts([]*x509.Certificate{a.cert}),
-		keyKey:    pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}),
-	}, nil
+	if a.next != nil {
+		if err := put(a.next, keyNextCert, keyNextKey); err != nil {
+			return nil, err
+		}
+	}
+	return data, put(&a.signer, keyCert, keyKey)
 }
 
 // parseAuthority reads the Secret's data. Certificates of the bundle that have expired are left out.
 func parseAuthority(data map[string][]byte, now time.Time) (*authority, error) {
-	pair, err := tls.X509KeyPair(data[keyCert], data[keyKey])
+	current, err := parseSigner(data[keyCert], data[keyKey])
 	if err != nil {
 		return nil, err
 	}
-	key, ok := pair.PrivateKey.(crypto.Signer)
+	a := &authority{signer: *current, bundle: []*x509.Certificate{current.cert}}
+	if _, ok := data[keyNextCert]; ok {
+		if a.next, err = parseSigner(data[keyNextCert], data[keyNextKey]); err != nil {
+			return nil, fmt.Errorf("next: %w", err)
+		}
+	}
+	list, err := decodeCerts(data[keyBundle])
+	if err != nil {
+		return nil, err
+	}
+	a.bundle = appendValid(a.bundle, list, now)
+	if a.next != nil && !contains(a.bundle, a.next.cert) {
+		return nil, errors.New("next: the bundle lacks it")
+	}
+	return a, nil
+}
+
+func parseSigner(cert, key []byte) (*signer, error) {
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return nil, err
+	}
+	private, ok := pair.PrivateKey.(crypto.Signer)
 	if !ok || !pair.Leaf.IsCA {
 		return nil, errors.New("it is not a certificate authority")
 	}
-	a := &authority{cert: pair.Leaf, key: key, bundle: []*x509.Certificate{pair.Leaf}}
-	for rest := data[keyBundle]; ; {
+	return &signer{pair.Leaf, private}, nil
+}
+
+// appendValid appends what is valid of more and not there yet.
+func appendValid(list, more []*x509.Certificate, now time.Time) []*x509.Certificate {
+	for _, c := range more {
+		if now.Before(c.NotAfter) && !contains(list, c) {
+			list = append(list, c)
+		}
+	}
+	return list
+}
+
+func decodeCerts(data []byte) ([]*x509.Certificate, error) {
+	var list []*x509.Certificate
+	for {
 		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			return a, nil
+		if block, data = pem.Decode(data); block == nil {
+			return list, nil
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
 			return nil, err
 		}
-		if now.Before(c.NotAfter) && !contains(a.bundle, c) {
-			a.bundle = append(a.bundle, c)
-		}
+		list = append(list, c)
 	}
 }
 

@@ -182,39 +182,46 @@ func TestServingCertificateIsRenewed(t *testing.T) {
 	}
 }
 
-// TestRotation follows a new CA: at no time does an API server, though it may know only the bundle before
-// the last one, meet a certificate that it cannot verify.
+// age moves the clock to where the CA is to be rotated, and returns the CA. The replicas run all the time.
+func (c *cluster) age(t *testing.T, sources ...*Source) *x509.Certificate {
+	t.Helper()
+	old := sources[0].issuer
+	for c.now = c.now.Add(12 * time.Hour); c.now.Before(renewAt(old)); c.now = c.now.Add(12 * time.Hour) {
+		c.sync(t, sources...)
+		if !sources[0].issuer.Equal(old) {
+			t.Fatal("rotated too early")
+		}
+	}
+	return old
+}
+
+// TestRotation follows a new CA: at no time does an API server, though it may know only the bundle of half
+// a minute ago, meet a certificate that it cannot verify; neither at a replica that has just started.
 func TestRotation(t *testing.T) {
 	c := newCluster(t, configuration())
 	a, b := c.replica(), c.replica()
 	c.sync(t, a, b)
-	old := a.issuer
+	old := c.age(t, a, b)
 
-	days := func(n int) {
-		for range 2 * n {
-			c.now = c.now.Add(12 * time.Hour)
-			c.sync(t, a, b)
-		}
-	}
-	days(243)
-	if !a.issuer.Equal(old) {
-		t.Fatal("rotated too early")
-	}
-	c.now = c.now.Add(12 * time.Hour)
-	before := c.bundle(t)
+	const step = 10 * time.Second
+	var bundles [][]byte // one a step, the newest last
 	for range 20 {
-		c.sync(t, a, b)
-		for _, s := range []*Source{a, b} {
-			if err := c.admit(t, s, c.bundle(t)); err != nil {
-				t.Fatal(err)
-			}
-			if s.issuer.Equal(old) {
-				if err := c.admit(t, s, before); err != nil {
-					t.Fatal(err)
+		young := c.replica()
+		replicas := []*Source{a, b, young}
+		c.sync(t, replicas...)
+		bundles = append(bundles, c.bundle(t))
+		known := bundles[max(0, len(bundles)-int(settle/step)):]
+		for i, s := range replicas {
+			for _, bundle := range known {
+				if err := c.admit(t, s, bundle); err != nil {
+					t.Fatalf("replica %d, step %d: %v", i, len(bundles), err)
 				}
 			}
+			if err := s.Ready(); err != nil {
+				t.Fatalf("replica %d, step %d: %v", i, len(bundles), err)
+			}
 		}
-		c.now = c.now.Add(10 * time.Second)
+		c.now = c.now.Add(step)
 	}
 	if a.issuer.Equal(old) || !a.issuer.Equal(b.issuer) {
 		t.Error("the new CA does not serve after the time to settle")
@@ -223,39 +230,68 @@ func TestRotation(t *testing.T) {
 		t.Errorf("the bundle has %d certificates, want the new and the old one", n)
 	}
 	// The old CA leaves the bundle when it has expired.
-	days(125)
+	for c.now.Before(old.NotAfter) {
+		c.now = c.now.Add(12 * time.Hour)
+		c.sync(t, a, b)
+	}
 	if n := bytes.Count(c.bundle(t), []byte("BEGIN")); n != 1 {
 		t.Errorf("the bundle has %d certificates, want one", n)
 	}
 }
 
-func TestRotationWaitsToSettle(t *testing.T) {
+// TestRotationAfterALongTime: nothing ran while the CA expired.
+func TestRotationAfterALongTime(t *testing.T) {
 	c := newCluster(t, configuration())
+	c.sync(t, c.replica())
+	c.now = c.now.Add(2 * caLifetime)
 	s := c.replica()
 	c.sync(t, s)
-	old := s.issuer
-	for c.now.Before(renewAt(old)) {
-		c.now = c.now.Add(12 * time.Hour)
-		c.sync(t, s)
+	if err := c.admit(t, s, c.bundle(t)); err != nil {
+		t.Error(err)
 	}
-	if !s.issuer.Equal(old) {
-		t.Error("the new CA serves at once, before API servers can know it")
+	if err := s.Ready(); err != nil {
+		t.Error(err)
 	}
 }
 
+// TestSecretDeleted: whoever deletes the Secret rotates the CA, as smoothly as it can be.
 func TestSecretDeleted(t *testing.T) {
 	c := newCluster(t, configuration())
-	s := c.replica()
-	c.sync(t, s)
-	old := s.issuer
+	a, b := c.replica(), c.replica()
+	c.sync(t, a, b)
+	old, before := a.issuer, c.bundle(t)
 	if err := c.client.Delete(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: secretName}}); err != nil {
 		t.Fatal(err)
 	}
-	c.sync(t, s)
-	if s.issuer.Equal(old) {
-		t.Error("the old CA is still used")
+	c.sync(t, a)
+	for _, s := range []*Source{a, b} { // b has not seen it yet
+		for _, bundle := range [][]byte{before, c.bundle(t)} {
+			if err := c.admit(t, s, bundle); err != nil {
+				t.Error(err)
+			}
+		}
 	}
-	if err := c.admit(t, s, c.bundle(t)); err != nil {
+	c.sync(t, b)
+	c.now = c.now.Add(settle)
+	c.sync(t, a, b)
+	if a.issuer.Equal(old) || !a.issuer.Equal(b.issuer) {
+		t.Error("the new CA does not serve after the time to settle")
+	}
+	if err := c.admit(t, b, c.bundle(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRoots: what a replica checks itself with is what the API servers have.
+func TestRoots(t *testing.T) {
+	c := newCluster(t, configuration())
+	s := c.replica()
+	c.sync(t, s)
+	leaf, err := s.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: s.Roots(), DNSName: s.ServerName(), CurrentTime: c.now}); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,6 +1,8 @@
 package certs
 
 import (
+	"crypto/x509"
+	"encoding/base64"
 	"fmt"
 	"strconv"
 
@@ -20,6 +22,19 @@ type Target struct {
 type bundleField struct {
 	pointer string // RFC 6901
 	value   string // base64, empty when there is none
+}
+
+// certificates returns what the place holds; nothing when somebody has written what is no certificates.
+func (f bundleField) certificates() []*x509.Certificate {
+	data, err := base64.StdEncoding.DecodeString(f.value)
+	if err != nil {
+		return nil
+	}
+	list, err := decodeCerts(data)
+	if err != nil {
+		return nil
+	}
+	return list
 }
 
 func (t Target) String() string { return t.kind.Kind + " " + t.name }
