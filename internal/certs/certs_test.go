@@ -204,13 +204,13 @@ func TestRotation(t *testing.T) {
 	old := c.age(t, a, b)
 
 	const step = 10 * time.Second
-	var bundles [][]byte // one a step, the newest last
+	bundles := [][]byte{c.bundle(t)} // one a step, the newest last
 	for range 20 {
 		young := c.replica()
 		replicas := []*Source{a, b, young}
 		c.sync(t, replicas...)
 		bundles = append(bundles, c.bundle(t))
-		known := bundles[max(0, len(bundles)-int(settle/step)):]
+		known := bundles[max(0, len(bundles)-1-int(settle/step)):]
 		for i, s := range replicas {
 			for _, bundle := range known {
 				if err := c.admit(t, s, bundle); err != nil {
