@@ -2,7 +2,7 @@
 //
 // It serves admission reviews on port 9443 (TLS) and /metrics, /healthz and /readyz on port 8080. It is
 // configured by flags, whose defaults come from the environment: DRIVER, INITBOOT_IMAGE, SIDECAR_IMAGE,
-// POD_NAMESPACE, PLAIN_HTTP_REGISTRIES.
+// REVISION, POD_NAMESPACE, PLAIN_HTTP_REGISTRIES.
 package main
 
 import (
@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -38,7 +39,7 @@ import (
 	"cloister.dev/cloister/webhook/resolve"
 )
 
-// Names in manifests/base.
+// Names in manifests/webhook; those of a revision end with a dash and its name.
 const (
 	service       = "cloister-webhook"
 	secret        = "cloister-webhook-ca"
@@ -46,52 +47,77 @@ const (
 	admitPath     = "/inject"
 )
 
+const (
+	admitPort = "9443"
+	// selfPath is where a replica asks itself. What is asked there is in no metric, log or Event.
+	selfPath = "/self"
+	// drainTime is how long a replica goes on after SIGTERM and sends its clients elsewhere. With the preStop
+	// sleep before it and what Shutdown may take after it, it stays within the pod's grace period.
+	drainTime = 5 * time.Second
+)
+
+// setup is what the flags say.
+type setup struct {
+	inject.Options
+	namespace string
+	revision  string // empty for the default one
+}
+
+// named is the name of one of the webhook's objects.
+func (s setup) named(name string) string {
+	if s.revision == "" {
+		return name
+	}
+	return name + "-" + s.revision
+}
+
 func main() {
 	handler := slog.NewJSONHandler(os.Stderr, nil)
 	log := slog.New(handler)
 	ctrllog.SetLogger(logr.FromSlogHandler(handler))
-	options, namespace, err := configure(os.Args[1:], os.Getenv)
+	setup, err := configure(os.Args[1:], os.Getenv)
 	if err != nil {
 		log.Error("the webhook cannot start", "error", err.Error())
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := run(ctx, log, options, namespace); err != nil {
+	if err := run(ctx, log, setup); err != nil {
 		log.Error("the webhook ended", "error", err.Error())
 		os.Exit(1)
 	}
 }
 
 // configure reads the flags.
-func configure(args []string, env func(string) string) (options inject.Options, namespace string, err error) {
+func configure(args []string, env func(string) string) (s setup, err error) {
 	flags := flag.NewFlagSet("webhook", flag.ContinueOnError)
-	flags.StringVar(&options.Driver, "driver", env("DRIVER"), "how enclaves are launched: process")
-	flags.StringVar(&options.InitbootImage, "initboot-image", env("INITBOOT_IMAGE"), "image of initboot and of the console")
-	flags.StringVar(&options.SidecarImage, "sidecar-image", env("SIDECAR_IMAGE"), "image of the sidecar")
-	flags.StringVar(&namespace, "namespace", env("POD_NAMESPACE"), "namespace of the webhook")
+	flags.StringVar(&s.Driver, "driver", env("DRIVER"), "how enclaves are launched: process")
+	flags.StringVar(&s.InitbootImage, "initboot-image", env("INITBOOT_IMAGE"), "image of initboot and of the console")
+	flags.StringVar(&s.SidecarImage, "sidecar-image", env("SIDECAR_IMAGE"), "image of the sidecar")
+	flags.StringVar(&s.revision, "revision", env("REVISION"), "revision of this webhook; empty for the default one")
+	flags.StringVar(&s.namespace, "namespace", env("POD_NAMESPACE"), "namespace of the webhook")
 	plain := flags.String("plain-http-registries", env("PLAIN_HTTP_REGISTRIES"), "registries, HOST or HOST:PORT with commas between, that may be reached without TLS")
 	if err := flags.Parse(args); err != nil {
-		return options, "", err
+		return s, err
 	}
-	options.PlainHTTP = registry.ParseList(*plain)
-	switch options.Driver {
+	s.PlainHTTP = registry.ParseList(*plain)
+	switch s.Driver {
 	case inject.DriverProcess:
 	case "nitro", "qemu":
-		return options, "", fmt.Errorf("driver %s is not built yet: set DRIVER to process", options.Driver)
+		return s, fmt.Errorf("driver %s is not built yet: set DRIVER to process", s.Driver)
 	default:
-		return options, "", fmt.Errorf("there is no driver %q: set DRIVER to process", options.Driver)
+		return s, fmt.Errorf("there is no driver %q: set DRIVER to process", s.Driver)
 	}
-	for name, value := range map[string]string{"INITBOOT_IMAGE": options.InitbootImage, "SIDECAR_IMAGE": options.SidecarImage, "POD_NAMESPACE": namespace} {
+	for name, value := range map[string]string{"INITBOOT_IMAGE": s.InitbootImage, "SIDECAR_IMAGE": s.SidecarImage, "POD_NAMESPACE": s.namespace} {
 		if value == "" {
-			return options, "", fmt.Errorf("%s is empty: set it, as manifests/base does", name)
+			return s, fmt.Errorf("%s is empty: set it, as manifests/base does", name)
 		}
 	}
-	return options, namespace, nil
+	return s, nil
 }
 
-// run serves until ctx ends and then lets running requests finish.
-func run(ctx context.Context, log *slog.Logger, options inject.Options, namespace string) error {
+// run serves until ctx ends, sends clients elsewhere for a while, and then lets running requests finish.
+func run(ctx context.Context, log *slog.Logger, setup setup) error {
 	config, err := rest.InClusterConfig()
 	if err != nil {
 		return fmt.Errorf("configure client: %w", err)
@@ -105,7 +131,8 @@ func run(ctx context.Context, log *slog.Logger, options inject.Options, namespac
 		return fmt.Errorf("make client: %w", err)
 	}
 	source := &certs.Source{
-		Client: kube, Namespace: namespace, Secret: secret, Service: service, Target: certs.MutatingWebhook(configuration), Log: log, Now: time.Now,
+		Client: kube, Namespace: setup.namespace, Secret: setup.named(secret), Service: setup.named(service),
+		Target: certs.MutatingWebhook(setup.named(configuration)), Log: log, Now: time.Now,
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(
@@ -122,9 +149,14 @@ func run(ctx context.Context, log *slog.Logger, options inject.Options, namespac
 		}),
 	)
 
-	admission := server(admitMux(admit.New(options, resolve.New(options.PlainHTTP, log).Resolve, log, reg)))
-	plain := server(plainMux(source, reg))
-	tlsListener, err := tls.Listen("tcp", ":9443", tlsConfig(source))
+	events := admit.NewEvents(kube, log, reg)
+	resolver := resolve.New(setup.PlainHTTP, log)
+	self := admit.New(setup.Options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	check := &selfCheck{source: source, url: "https://127.0.0.1:" + admitPort + selfPath}
+	var draining atomic.Bool
+	admission := server(leaving(&draining, admitMux(admit.New(setup.Options, resolver.Resolve, events, log, reg), self)))
+	plain := server(plainMux(check, &draining, reg))
+	tlsListener, err := tls.Listen("tcp", ":"+admitPort, tlsConfig(source))
 	if err != nil {
 		return fmt.Errorf("listen for admission reviews: %w", err)
 	}
@@ -137,31 +169,54 @@ func run(ctx context.Context, log *slog.Logger, options inject.Options, namespac
 	go func() { failed <- admission.Serve(tlsListener) }()
 	go func() { failed <- plain.Serve(plainListener) }()
 	go source.Run(ctx)
-	log.Info("webhook started", "driver", options.Driver, "initboot", options.InitbootImage, "sidecar", options.SidecarImage)
+	go events.Run(ctx)
+	log.Info("webhook started", "driver", setup.Driver, "initboot", setup.InitbootImage, "sidecar", setup.SidecarImage, "revision", setup.revision)
 
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve: %w", err)
 	case <-ctx.Done():
 	}
-	// The preStop sleep of the pod is over: no new connection comes here any more.
+	// The preStop sleep of the pod is over, so no new connection should come here any more. API servers keep theirs:
+	// one that were closed under a request would refuse a pod.
+	draining.Store(true)
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve: %w", err)
+	case <-time.After(drainTime):
+	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	return errors.Join(admission.Shutdown(last), plain.Shutdown(last))
 }
 
-func admitMux(h *admit.Handler) http.Handler {
+// leaving makes each answer the last of its connection once draining is set.
+func leaving(draining *atomic.Bool, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func admitMux(h, self *admit.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("POST "+admitPath, &admission.Webhook{Handler: h})
+	mux.Handle("POST "+selfPath, &admission.Webhook{Handler: self})
 	return mux
 }
 
-func plainMux(source *certs.Source, reg *prometheus.Registry) http.Handler {
+func plainMux(check *selfCheck, draining *atomic.Bool, reg *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := source.Ready(); err != nil {
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		err := check.ready(r.Context())
+		if draining.Load() {
+			err = errors.New("the webhook is ending")
+		}
+		if err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}

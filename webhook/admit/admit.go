@@ -29,25 +29,28 @@ const (
 	resultDenied = "denied"
 )
 
-// Handler admits pods. It has no side effects beyond its metrics and one log line a pod, so a dry run is
-// like any other.
+// Handler admits pods. It has no side effects beyond its metrics, one log line a pod and, unless it is a dry run,
+// an Event about a denial.
 type Handler struct {
 	options    inject.Options
 	resolve    inject.Resolver
+	events     *Events
 	log        *slog.Logger
 	injections *prometheus.CounterVec
 	seconds    prometheus.Histogram
 }
 
-// New returns a Handler whose metrics are registered with reg. Resolve finds the digests of tags.
-func New(options inject.Options, resolve inject.Resolver, log *slog.Logger, reg prometheus.Registerer) *Handler {
+// New returns a Handler whose metrics are registered with reg. Resolve finds the digests of tags. Without events it
+// reports none.
+func New(options inject.Options, resolve inject.Resolver, events *Events, log *slog.Logger, reg prometheus.Registerer) *Handler {
 	h := &Handler{
 		options: options,
 		resolve: resolve,
+		events:  events,
 		log:     log,
 		injections: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "injections_total",
-			Help: "Admission reviews of pods by result (injected, skipped, denied) and, of a denial, the type of its first reason.",
+			Help: "Admission reviews of pods by result (injected, skipped, denied) and, of a denial, the reason of its first sentence.",
 		}, []string{"result", "reason"}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "injection_seconds",
@@ -69,14 +72,16 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 	log := h.log.With("namespace", req.Namespace, "pod", req.Name, "uid", string(req.UID), "dryRun", req.DryRun != nil && *req.DryRun)
 
 	if len(errs) > 0 {
-		h.injections.WithLabelValues(resultDenied, string(errs[0].Type)).Inc()
+		reason, _ := inject.ReasonOf(errs)
+		h.injections.WithLabelValues(resultDenied, string(reason)).Inc()
+		h.events.denied(&req.AdmissionRequest, errs)
 		// Only where, never what: values may be secrets.
 		fields := make([]string, len(errs))
 		for i, e := range errs {
 			fields[i] = e.Field
 		}
-		log.Info("pod denied", "fields", fields)
-		return denied(req, errs)
+		log.Info("pod denied", "reason", reason, "fields", fields)
+		return denied(req, reason, errs)
 	}
 	if len(ops) == 0 {
 		h.injections.WithLabelValues(resultSkipped, "").Inc()
@@ -89,9 +94,15 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 	h.injections.WithLabelValues(resultInjected, "").Inc()
 	log.Info("pod injected", "operations", len(ops))
 	patchType := admissionv1.PatchTypeJSONPatch
-	return audited(admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{
+	r := audited(admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{
 		Allowed: true, Patch: patch, PatchType: &patchType, Warnings: warnings,
 	}}, resultInjected)
+	for _, op := range ops {
+		if measurements, ok := op.Value.(string); ok && op.Path == inject.MeasurementsPath {
+			r.AuditAnnotations["measurements"] = measurements
+		}
+	}
+	return r
 }
 
 // audited adds what the API server writes to its audit log, under the name of the webhook.
@@ -100,11 +111,18 @@ func audited(r admission.Response, result string) admission.Response {
 	return r
 }
 
-func denied(req admission.Request, errs field.ErrorList) admission.Response {
-	sentences := make([]string, len(errs))
+// sentences joins all of what is wrong.
+func sentences(errs field.ErrorList) string {
+	list := make([]string, len(errs))
+	for i, e := range errs {
+		list[i] = e.Error()
+	}
+	return strings.Join(list, "; ")
+}
+
+func denied(req admission.Request, reason inject.Reason, errs field.ErrorList) admission.Response {
 	causes := make([]metav1.StatusCause, len(errs))
 	for i, e := range errs {
-		sentences[i] = e.Error()
 		causes[i] = metav1.StatusCause{Type: metav1.CauseType(e.Type), Message: e.ErrorBody(), Field: e.Field}
 	}
 	r := admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{
@@ -112,11 +130,12 @@ func denied(req admission.Request, errs field.ErrorList) admission.Response {
 			Status:  metav1.StatusFailure,
 			Code:    http.StatusForbidden,
 			Reason:  metav1.StatusReasonInvalid,
-			Message: strings.Join(sentences, "; "),
+			Message: sentences(errs),
 			Details: &metav1.StatusDetails{Kind: "Pod", Name: req.Name, Causes: causes},
 		},
 	}}
 	r = audited(r, resultDenied)
+	r.AuditAnnotations["reason"] = string(reason)
 	r.AuditAnnotations["reasons"] = strconv.Itoa(len(errs))
 	return r
 }

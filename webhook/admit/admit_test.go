@@ -23,10 +23,15 @@ import (
 
 var options = inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot@sha256:1", SidecarImage: "sidecar@sha256:2"}
 
-// review sends one pod through HTTP, as the API server does.
+// review sends one pod through HTTP, as the API server does for a dry run.
 func review(t testing.TB, h *Handler, pod []byte) *admissionv1.AdmissionResponse {
 	t.Helper()
-	body := fmt.Appendf(nil, `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u-1","kind":{"group":"","version":"v1","kind":"Pod"},"resource":{"group":"","version":"v1","resource":"pods"},"namespace":"payments","name":"app","operation":"CREATE","dryRun":true,"userInfo":{},"object":%s,"oldObject":null,"options":null}}`, pod)
+	return send(t, h, pod, true)
+}
+
+func send(t testing.TB, h *Handler, pod []byte, dryRun bool) *admissionv1.AdmissionResponse {
+	t.Helper()
+	body := fmt.Appendf(nil, `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u-1","kind":{"group":"","version":"v1","kind":"Pod"},"resource":{"group":"","version":"v1","resource":"pods"},"namespace":"payments","name":"app","operation":"CREATE","dryRun":%t,"userInfo":{},"object":%s,"oldObject":null,"options":null}}`, dryRun, pod)
 	req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/inject", bytes.NewReader(body))
 	req.Header.Set("Content-Type", "application/json")
 	w := httptest.NewRecorder()
@@ -56,7 +61,7 @@ func pod(t testing.TB, name string) []byte {
 func TestHandle(t *testing.T) {
 	var logged bytes.Buffer
 	reg := prometheus.NewRegistry()
-	h := New(options, nil, slog.New(slog.NewJSONHandler(&logged, nil)), reg)
+	h := New(options, nil, nil, slog.New(slog.NewJSONHandler(&logged, nil)), reg)
 
 	skipped := review(t, h, pod(t, "no-annotation-of-ours"))
 	if !skipped.Allowed || skipped.Patch != nil || len(skipped.Warnings) > 0 || skipped.AuditAnnotations["result"] != "skipped" {
@@ -76,11 +81,17 @@ func TestHandle(t *testing.T) {
 	if diff := cmp.Diff(string(want), string(injected.Patch)); diff != "" {
 		t.Errorf("patch (-want +got):\n%s", diff)
 	}
+	if !strings.HasPrefix(injected.AuditAnnotations["measurements"], `{"PCR16":"`) {
+		t.Errorf("audited %q", injected.AuditAnnotations)
+	}
 	if diff := cmp.Diff(warnings, injected.Warnings); diff != "" {
 		t.Errorf("warnings (-want +got):\n%s", diff)
 	}
 
-	denied := review(t, h, pod(t, "denied-everything-at-once"))
+	input = pod(t, "denied-everything-at-once")
+	denied := review(t, h, input)
+	_, _, errs := inject.Patch(input, options)
+	reason, _ := inject.ReasonOf(errs)
 	if denied.Allowed || denied.Patch != nil || denied.Result.Code != http.StatusForbidden || denied.Result.Reason != "Invalid" {
 		t.Errorf("denied: %+v", denied)
 	}
@@ -89,7 +100,7 @@ func TestHandle(t *testing.T) {
 			t.Errorf("message lacks %q: %s", want, denied.Result.Message)
 		}
 	}
-	if n := len(denied.Result.Details.Causes); denied.AuditAnnotations["reasons"] != fmt.Sprint(n) || n < 40 {
+	if n := len(denied.Result.Details.Causes); denied.AuditAnnotations["reasons"] != fmt.Sprint(n) || denied.AuditAnnotations["reason"] != string(reason) || n < 40 {
 		t.Errorf("%d causes, audited %q", n, denied.AuditAnnotations)
 	}
 
@@ -98,7 +109,7 @@ func TestHandle(t *testing.T) {
 	for _, want := range []string{
 		`injections_total{reason="",result="injected"} 1`,
 		`injections_total{reason="",result="skipped"} 1`,
-		`injections_total{reason="FieldValueForbidden",result="denied"} 1`,
+		`injections_total{reason="` + string(reason) + `",result="denied"} 1`,
 		`injection_seconds_count 3`,
 	} {
 		if !strings.Contains(scrape.Body.String(), want+"\n") {
@@ -113,7 +124,7 @@ func TestHandle(t *testing.T) {
 
 // TestGarbage: what is not a pod is refused, whatever it is.
 func TestGarbage(t *testing.T) {
-	h := New(options, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	h := New(options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	for _, object := range []string{`[]`, `"x"`, `{"metadata":{"annotations":{"cloister.dev/enclave":5}}}`, `{"metadata":{"annotations":{"cloister.dev/enclave":"a"}},"spec":{"containers":{}}}`} {
 		if r := review(t, h, []byte(object)); r.Allowed {
 			t.Errorf("%s was allowed", object)
@@ -122,7 +133,7 @@ func TestGarbage(t *testing.T) {
 }
 
 func BenchmarkHandle(b *testing.B) {
-	h := New(options, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	h := New(options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	for _, name := range []string{"deployment-completed-by-the-api-server", "no-annotation-of-ours"} {
 		input := pod(b, name)
 		b.Run(name, func(b *testing.B) {

@@ -32,7 +32,7 @@ func TestGolden(t *testing.T) {
 		Driver:        inject.DriverProcess,
 		InitbootImage: "cloister.dev/initboot@sha256:" + strings.Repeat("1", 64),
 		SidecarImage:  "cloister.dev/sidecar@sha256:" + strings.Repeat("2", 64),
-	}, resolveTag, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	}, resolveTag, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	dirs, err := filepath.Glob("../inject/testdata/*/input.yaml")
 	if err != nil || len(dirs) < 20 {
 		t.Fatalf("%d cases found, %v", len(dirs), err)

@@ -92,7 +92,7 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 		return nil, nil, undecodable(err)
 	}
 
-	ops = append(ops, add("/metadata/annotations/"+pointer(annotation.Measurements), measured))
+	ops = append(ops, add(MeasurementsPath, measured))
 	ops = append(ops, volumeOps(spec)...)
 	ops = append(ops, initOps(spec, d, opts)...)
 	if lowestPort(d.manifest) < 1024 && !hasPortStart(spec) {
@@ -112,6 +112,9 @@ func undecodable(err error) field.ErrorList {
 }
 
 func add(path string, value any) Op { return Op{Op: "add", Path: path, Value: value} }
+
+// MeasurementsPath is where a patch writes what the pod measures to.
+var MeasurementsPath = "/metadata/annotations/" + pointer(annotation.Measurements)
 
 // pointer escapes one segment of a JSON pointer (RFC 6901).
 func pointer(segment string) string {
