@@ -76,10 +76,9 @@ type Source struct {
 	issuer  *x509.Certificate
 	bundle  []*x509.Certificate
 	ready   error // why the certificate must not be served; nil when it may
-	// seen is when the newest CA was first found in the caBundle, and which one that was. It is measured
-	// here and not written down: clocks of machines differ.
-	seen   time.Time
-	seenCA *x509.Certificate
+	// seen is when each certificate was first found in the caBundle, by its DER. It is measured here and not
+	// written down: clocks of machines differ.
+	seen map[string]time.Time
 }
 
 // signer is a CA.
@@ -199,8 +198,8 @@ func (s *Source) serve(ca *authority) error {
 	if s.serving != nil && (!contains(ca.bundle, s.issuer) || !now.Before(s.serving.Leaf.NotAfter)) {
 		s.serving = nil // its CA was replaced by hand, or the clock jumped: it is of no use
 	}
-	if s.serving != nil && !s.issuer.Equal(ca.cert) && ca.next == nil && now.Sub(s.seen) < settle {
-		return nil // the Secret was deleted and made anew: API servers may not know the new CA yet
+	if s.serving != nil && !s.issuer.Equal(ca.cert) && !s.settled(ca.cert) {
+		return nil // API servers may not know the new CA yet
 	}
 	if s.serving != nil && s.issuer.Equal(ca.cert) && now.Before(renewAt(s.serving.Leaf)) {
 		return nil
@@ -217,15 +216,24 @@ func (s *Source) serve(ca *authority) error {
 	return nil
 }
 
-// settled tells whether API servers know the CA, which is in the caBundle now.
-func (s *Source) settled(newest *x509.Certificate) bool {
-	now := s.Now()
+// published notes that the caBundle holds this bundle.
+func (s *Source) published(bundle []*x509.Certificate) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.seenCA == nil || !s.seenCA.Equal(newest) {
-		s.seenCA, s.seen = newest, now
+	seen := map[string]time.Time{}
+	for _, c := range bundle {
+		if at, ok := s.seen[string(c.Raw)]; ok {
+			seen[string(c.Raw)] = at
+		} else {
+			seen[string(c.Raw)] = s.Now()
+		}
 	}
-	return now.Sub(s.seen) >= settle
+	s.seen = seen
+}
+
+// settled tells whether API servers know the CA, which is in the caBundle.
+func (s *Source) settled(c *x509.Certificate) bool {
+	return s.Now().Sub(s.seen[string(c.Raw)]) >= settle
 }
 
 func (s *Source) setReady(err error) {
@@ -266,12 +274,9 @@ func (s *Source) authority(ctx context.Context) (*authority, error) {
 	if err := s.publish(ctx, ca.bundle); err != nil {
 		return nil, err
 	}
-	newest := ca.cert
-	if ca.next != nil {
-		newest = ca.next.cert
-	}
+	s.published(ca.bundle)
 	// A CA that has expired meanwhile, because no replica ran, leaves nothing to wait for.
-	if settled := s.settled(newest); ca.next != nil && (settled || !s.Now().Before(ca.cert.NotAfter)) {
+	if ca.next != nil && (s.settled(ca.next.cert) || !s.Now().Before(ca.cert.NotAfter)) {
 		ca.signer, ca.next = *ca.next, nil
 		ca.bundle = first(ca.bundle, ca.cert)
 		if err := s.write(ctx, secret, ca); err != nil {

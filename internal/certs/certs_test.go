@@ -282,6 +282,44 @@ func TestSecretDeleted(t *testing.T) {
 	}
 }
 
+// TestCAReplaced: somebody puts another CA into the Secret, which is even due for rotation.
+func TestCAReplaced(t *testing.T) {
+	c := newCluster(t, configuration())
+	a, b := c.replica(), c.replica()
+	c.sync(t, a, b)
+	first, before := a.issuer, c.bundle(t)
+	old, err := newSigner("cloister-webhook", c.now.Add(-300*24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := (&authority{signer: *old, bundle: []*x509.Certificate{old.cert, first}}).data()
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "cloister-system", Name: secretName}}
+	if err := c.client.Get(t.Context(), client.ObjectKeyFromObject(secret), secret); err != nil {
+		t.Fatal(err)
+	}
+	secret.Data = data
+	if err := c.client.Update(t.Context(), secret); err != nil {
+		t.Fatal(err)
+	}
+	c.sync(t, a, b)
+	for _, s := range []*Source{a, b} {
+		if err := c.admit(t, s, before); err != nil {
+			t.Error(err)
+		}
+	}
+	c.now = c.now.Add(settle)
+	c.sync(t, a, b)
+	if a.issuer.Equal(first) || a.issuer.Equal(old.cert) || !a.issuer.Equal(b.issuer) {
+		t.Error("the rotated CA does not serve after the time to settle")
+	}
+	if n := bytes.Count(c.bundle(t), []byte("BEGIN")); n != 3 {
+		t.Errorf("the bundle has %d certificates, want three", n)
+	}
+}
+
 // TestRoots: what a replica checks itself with is what the API servers have.
 func TestRoots(t *testing.T) {
 	c := newCluster(t, configuration())
