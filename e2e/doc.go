@@ -10,6 +10,8 @@
 //	jobs_test.go            so do Jobs and exit codes
 //	death_test.go           whatever dies, nobody hangs and the pod serves again
 //	admission_test.go       what is left alone, and what is denied
+//	policy_test.go          the policy behind the webhook refuses what was not injected, and later changes
+//	safe_test.go            certificates, a rollout and an outage under a stream of pods; other injectors; two revisions
 //	layers_test.go          images that are wrong, slow or not there
 //	images_test.go       tags, pull secrets, and pods that were injected offline
 //	rollout_test.go         a rolling restart without a failed request

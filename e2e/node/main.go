@@ -7,6 +7,7 @@
 //	node registry FLAGS      a registry that is slow or wrong
 //	node load FLAGS          clients that never stop asking
 //	node kms FLAGS           a KMS that decrypts for attested enclaves
+//	node mutate FLAGS        somebody else's mutating webhook
 //
 // Every command prints one line when it is ready and runs until its standard input ends, so that
 // none outlives its test.
@@ -29,10 +30,10 @@ func main() {
 
 func run(args []string) error {
 	commands := map[string]func(context.Context, []string) error{
-		"record": record, "tamper": tamper, "handshakes": handshakes, "registry": registry, "load": load, "kms": kms,
+		"record": record, "tamper": tamper, "handshakes": handshakes, "registry": registry, "load": load, "kms": kms, "mutate": mutate,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
-		return errors.New("want record, tamper, handshakes, registry, load or kms")
+		return errors.New("want record, tamper, handshakes, registry, load, kms or mutate")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {

@@ -77,7 +77,7 @@ type Source struct {
 	bundle  []*x509.Certificate
 	ready   error // why the certificate must not be served; nil when it may
 	// seen is when each certificate was first found in the caBundle, by its DER. It is measured here and not
-	// written down: clocks of machines differ.
+	// written down: clocks of machines differ. Only Sync uses it.
 	seen map[string]time.Time
 }
 
@@ -218,8 +218,6 @@ func (s *Source) serve(ca *authority) error {
 
 // published notes that the caBundle holds this bundle.
 func (s *Source) published(bundle []*x509.Certificate) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	seen := map[string]time.Time{}
 	for _, c := range bundle {
 		if at, ok := s.seen[string(c.Raw)]; ok {
