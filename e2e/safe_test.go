@@ -99,11 +99,21 @@ func isInjected(pod *corev1.Pod) bool {
 	return len(i) >= 2 && i[0].Name == initbootContainer && i[1].Name == sidecarContainer && pod.Spec.Containers[0].Image == i[0].Image
 }
 
-// admitted is how many pods were admitted as they should be.
-func (s *stream) admitted() (asked, plain int) {
+// flows waits until n more pods of both kinds were admitted.
+func (s *stream) flows(t *testing.T, n int) {
+	t.Helper()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.injected, s.plain
+	injected, plain := s.injected+n, s.plain+n
+	s.mu.Unlock()
+	eventually(t, 30*time.Second, "the stream flows", func() (bool, string) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		last := "none refused"
+		if n := len(s.refused); n > 0 {
+			last = s.refused[n-1]
+		}
+		return s.injected >= injected && s.plain >= plain, fmt.Sprintf("%d injected, %d plain, %d uninjected, %s", s.injected, s.plain, len(s.uninjected), last)
+	})
 }
 
 // phase ends a phase: whatever went on, no pod came through without its enclave, and none was refused unless the
@@ -136,10 +146,7 @@ func TestSafe(t *testing.T) {
 	c := e2e(t)
 	ns := c.namespace(t, true)
 	s := ns.stream(t)
-	eventually(t, 30*time.Second, "the stream flows", func() (bool, string) {
-		asked, plain := s.admitted()
-		return asked > 5 && plain > 5, fmt.Sprint(asked, plain)
-	})
+	s.flows(t, 5)
 
 	first := c.signing(t)
 	aged := c.ageAuthority(t)
@@ -214,10 +221,7 @@ func (s *stream) outage(t *testing.T, ns *namespace) {
 		return err == nil, fmt.Sprint(err)
 	})
 	s.phase(t, "until it is back", true)
-	eventually(t, 30*time.Second, "the stream flows", func() (bool, string) {
-		asked, plain := s.admitted()
-		return asked > 20 && plain > 20, fmt.Sprint(asked, plain)
-	})
+	s.flows(t, 20)
 	s.phase(t, "after the outage", false)
 }
 
@@ -603,6 +607,7 @@ func TestRevisions(t *testing.T) {
 	t.Cleanup(func() { install("remove") })
 	install()
 	first, second := c.namespace(t, true), c.namespace(t, true)
+	pod := submit(t, first, c.appPod(t, "app"))
 	image := func(ns *namespace) (string, error) {
 		pod, err := ns.kube.CoreV1().Pods(ns.name).Create(t.Context(), c.appPod(t, "app"), dryRun)
 		if err != nil {
@@ -622,9 +627,10 @@ func TestRevisions(t *testing.T) {
 		_, err := image(second)
 		return err != nil && strings.Contains(err.Error(), "the image of cloister-initboot is none that this installation injects"), fmt.Sprint(err)
 	})
-	patch := []byte(`{"data":{"initboot.` + rev + `":"` + other + `"}}`)
-	if _, err := c.kube.CoreV1().ConfigMaps(systemNamespace).Patch(t.Context(), "cloister-images", types.MergePatchType, patch, metav1.PatchOptions{FieldManager: "cloister-install-" + rev}); err != nil {
-		t.Fatal(err)
+	allow := exec.CommandContext(t.Context(), "kubectl", "apply", "--server-side", "--force-conflicts", "--field-manager=cloister-install-"+rev, "-f", "-")
+	allow.Stdin = strings.NewReader(`{"apiVersion":"cloister.dev/v1alpha1","kind":"InjectedImages","metadata":{"name":"cloister"},"images":{"initboot.` + rev + `":["` + other + `"],"sidecar.` + rev + `":["` + pod.Spec.InitContainers[1].Image + `"]}}`)
+	if out, err := allow.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
 	eventually(t, 30*time.Second, "the second revision injects", func() (bool, string) {
 		got, err := image(second)

@@ -40,22 +40,23 @@ configMapGenerator:
       - REVISION=$rev
 YAML
 
-# allow [IMAGES...]: this revision's part of what the policy allows; of other revisions nothing changes.
+# allow [IMAGES]: this revision's part of what the policy allows; of other revisions nothing changes.
 allow() {
-  kubectl apply --server-side --field-manager="cloister-install$suffix" -f - <<YAML
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: cloister-images, namespace: cloister-system}
-$*
+  kubectl apply --server-side --force-conflicts --field-manager="cloister-install$suffix" -f - <<YAML
+apiVersion: cloister.dev/v1alpha1
+kind: InjectedImages
+metadata: {name: cloister}
+images: {$*}
 YAML
 }
 # images PART IMAGE: the image, and the one that was installed before: until the new replicas have taken over, the
 # old ones inject it.
 images() {
   local before
-  before=$(kubectl -n cloister-system get configmap cloister-images --ignore-not-found -o go-template="{{with .data}}{{with index . \"$1$key\"}}{{.}}{{end}}{{end}}")
+  before=$(kubectl get injectedimages cloister --ignore-not-found -o go-template="{{with .images}}{{with index . \"$1$key\"}}{{range .}}{{.}} {{end}}{{end}}{{end}}")
   if [[ "$before " != "$2 "* ]]; then before="$2 ${before%% *}"; fi
-  echo "${before% }"
+  before=${before% }
+  echo "$1$key: [${before// /, }]"
 }
 
 case ${1:-} in
@@ -69,10 +70,9 @@ remove)
 "") ;;
 *) die "usage: [REV=NAME] install.sh [remove]" ;;
 esac
-kubectl apply -f "$REPO/manifests/base/namespace.yaml"
-allow "data:
-  initboot$key: $(images initboot "$INITBOOT_DEV_IMAGE")
-  sidecar$key: $(images sidecar "$SIDECAR_IMAGE")"
+kubectl apply -f "$REPO/manifests/policy/crd.yaml"
+kubectl wait --for=condition=Established crd/injectedimages.cloister.dev --timeout=60s
+allow "$(images initboot "$INITBOOT_DEV_IMAGE"), $(images sidecar "$SIDECAR_IMAGE")"
 kubectl apply -k "$dir"
 kubectl -n cloister-system rollout status "deployment/cloister-webhook$suffix" --timeout=180s
 [ -z "$rev" ] || exit 0
