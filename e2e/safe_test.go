@@ -205,6 +205,11 @@ func (s *stream) outage(t *testing.T, ns *namespace) {
 	})
 	s.phase(t, "until a failure is ignored", true)
 	refusedByPolicy(t, create(ns.appPod(t, "app")), "was not injected")
+	eventually(t, 30*time.Second, "the stream goes on", func() (bool, string) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.plain >= 5 && len(s.refused) >= 5, fmt.Sprintf("%d plain, %d refused", s.plain, len(s.refused))
+	})
 	if refused := s.phase(t, "failures ignored", true); slices.ContainsFunc(refused, func(e string) bool { return !strings.Contains(e, "ValidatingAdmissionPolicy 'cloister'") }) {
 		t.Errorf("pods were refused by something else than the policy: %s", strings.Join(slices.Compact(refused), "\n"))
 	}
