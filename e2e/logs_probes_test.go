@@ -6,6 +6,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // The workload's own output is what `kubectl logs` shows.
@@ -34,6 +35,14 @@ func execProbe(file string) *corev1.Probe {
 	}
 }
 
+// tcpProbe asks every second whether somebody listens on a port, a name or a number.
+func tcpProbe(port string) *corev1.Probe {
+	return &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.Parse(port)}},
+		PeriodSeconds: 1, FailureThreshold: 1,
+	}
+}
+
 // Probes run inside the enclave and see what the workload does: a failing readiness probe takes the
 // pod out of its Service, a failing liveness probe restarts the container.
 func TestProbes(t *testing.T) {
@@ -45,18 +54,28 @@ func TestProbes(t *testing.T) {
 	byExec := c.appPod(t, "exec")
 	byExec.Spec.Containers[0].ReadinessProbe = execProbe("/ready")
 	byExec.Spec.Containers[0].LivenessProbe = execProbe("/etc/motd")
-	ns.create(t, byHTTP)
-	ns.create(t, byExec)
+	byOthers := c.appPod(t, "tcp-and-grpc", "serve", "-health", ":9000")
+	byOthers.Spec.Containers[0].StartupProbe = tcpProbe("http")
+	byOthers.Spec.Containers[0].ReadinessProbe = tcpProbe("7000")
+	byOthers.Spec.Containers[0].LivenessProbe = &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 9000, Service: new("live")}},
+		PeriodSeconds: 1, FailureThreshold: 1,
+	}
+	for _, pod := range []*corev1.Pod{byHTTP, byExec, byOthers} {
+		ns.create(t, pod)
+	}
 
 	for name, tt := range map[string]struct {
 		pod                  *corev1.Pod
 		ready, unready, dead string // paths to ask for
 		readyFromStart       bool
 	}{
-		"http": {pod: byHTTP, ready: "/mend/ready", unready: "/break/ready", dead: "/break/live", readyFromStart: true},
-		"exec": {pod: byExec, ready: "/touch?file=/ready", unready: "/remove?file=/ready", dead: "/remove?file=/etc/motd"},
+		"http":         {pod: byHTTP, ready: "/mend/ready", unready: "/break/ready", dead: "/break/live", readyFromStart: true},
+		"exec":         {pod: byExec, ready: "/touch?file=/ready", unready: "/remove?file=/ready", dead: "/remove?file=/etc/motd"},
+		"tcp-and-grpc": {pod: byOthers, ready: "/listen?on=:7000", unready: "/unlisten?on=:7000", dead: "/break/live"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			set, _ := c.measure(t, tt.pod)
 			phase := func(what string, ok func(*corev1.Pod) bool) {
 				t.Helper()

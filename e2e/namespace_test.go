@@ -231,7 +231,7 @@ func (ns *namespace) dump(ctx context.Context, t *testing.T) {
 	}
 }
 
-// create submits a Pod, Deployment, Job or Service.
+// create submits a Pod, Service or an owner of pods.
 func (ns *namespace) create(t *testing.T, object any) {
 	t.Helper()
 	var err error
@@ -242,6 +242,12 @@ func (ns *namespace) create(t *testing.T, object any) {
 		_, err = ns.kube.CoreV1().Services(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
 	case *appsv1.Deployment:
 		_, err = ns.kube.AppsV1().Deployments(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
+	case *appsv1.StatefulSet:
+		_, err = ns.kube.AppsV1().StatefulSets(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
+	case *appsv1.DaemonSet:
+		_, err = ns.kube.AppsV1().DaemonSets(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
+	case *batchv1.CronJob:
+		_, err = ns.kube.BatchV1().CronJobs(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
 	case *batchv1.Job:
 		_, err = ns.kube.BatchV1().Jobs(ns.name).Create(t.Context(), o, metav1.CreateOptions{})
 	default:

@@ -1,7 +1,9 @@
 // Testapp is the workload of the end-to-end tests: an HTTP server that can be told to misbehave.
 //
-//	testapp serve [-listen :8080,…] [-after 0s] [-tls]   serves until SIGTERM
-//	testapp exit CODE                                    ends at once
+//	testapp serve [-listen :8080,…] [-after 0s] [-tls] [-health :9000]
+//	                                                     serves until SIGTERM; -health: the gRPC health service
+//	testapp exit CODE [FILE TEXT]                        ends at once, after it has written the file
+//	testapp note FILE TEXT                               hook: appends the text, its uid and NAME to the file
 //	testapp exists FILE                                  exec probe: fails if the file does not exist
 //	testapp wait FILE                                    init container: ends when the file exists
 //	testapp write FILE TEXT                              init container: makes a file and its folder
@@ -19,7 +21,11 @@
 //	/read?file=F     the content of a file, or "error: " and why
 //	/touch?file=F    makes a file
 //	/remove?file=F   removes it
+//	/note?file=F&text=T  does what "testapp note" does
+//	/listen?on=A     listens on an address, until /unlisten?on=A
 //	/exit?code=N     answers, then ends with code N
+//
+// When it ends it prints the file JOURNAL and writes the file LAST_WORD, if the environment names them.
 package main
 
 import (
@@ -73,8 +79,15 @@ func run(args []string) (int, error) {
 			return 0, err
 		}
 		return 0, os.WriteFile(args[1], []byte(args[2]), 0o644)
+	case "note":
+		return 0, note(args[1], args[2])
 	case "exit":
 		fmt.Println("testapp: started")
+		if len(args) == 4 {
+			if err := os.WriteFile(args[2], []byte(args[3]), 0o666); err != nil {
+				return 0, err
+			}
+		}
 		return strconv.Atoi(args[1])
 	case "serve":
 		fmt.Println("testapp: started")
@@ -88,6 +101,7 @@ func serve(args []string) (int, error) {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	listen := flags.String("listen", ":8080", "addresses, separated by commas")
 	after := flags.Duration("after", 0, "wait before listening")
+	healthAddr := flags.String("health", "", "address of the gRPC health service")
 	withTLS := flags.Bool("tls", false, "speak TLS, with the PEM in the environment")
 	if err := flags.Parse(args); err != nil {
 		return 0, err
@@ -100,7 +114,13 @@ func serve(args []string) (int, error) {
 		return 0, nil
 	}
 	exit := make(chan int, 1)
-	server := &http.Server{Handler: handler(exit)}
+	var broken sync.Map // names of checks
+	if *healthAddr != "" {
+		if err := serveHealth(*healthAddr, &broken); err != nil {
+			return 0, err
+		}
+	}
+	server := &http.Server{Handler: handler(exit, &broken)}
 	failed := make(chan error, 1)
 	for addr := range strings.SplitSeq(*listen, ",") {
 		l, err := net.Listen("tcp", addr)
@@ -126,16 +146,17 @@ func serve(args []string) (int, error) {
 	case <-ctx.Done():
 	}
 	fmt.Println("testapp: stopping")
+	lastWords()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	return code, server.Shutdown(ctx)
 }
 
-// handler serves what the package's comment lists; exit gets the code of /exit.
-func handler(exit chan<- int) http.Handler {
+// handler serves what the package's comment lists; exit gets the code of /exit, broken the broken checks.
+func handler(exit chan<- int, broken *sync.Map) http.Handler {
 	var echoed atomic.Int64
-	var broken sync.Map // names of checks
 	mux := http.NewServeMux()
+	consoleHandlers(mux)
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
 		echoed.Add(1)
 		if n, _ := io.Copy(w, r.Body); n == 0 {

@@ -1,0 +1,128 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// terminated waits until a container of a pod that is not restarted has ended.
+func (ns *namespace) terminated(t *testing.T, pod string) *corev1.ContainerStateTerminated {
+	t.Helper()
+	var ended *corev1.ContainerStateTerminated
+	eventually(t, bootTime, pod+" ends", func() (bool, string) {
+		p := ns.pod(t, pod)
+		if len(p.Status.ContainerStatuses) > 0 {
+			ended = container(t, p, "app").State.Terminated
+		}
+		return ended != nil, state(p)
+	})
+	return ended
+}
+
+// Hooks run inside, as the workload: postStart before it counts as started, preStop before its stop
+// signal. What it leaves as its last word is its termination message, and the log of the run before is
+// still there.
+func TestHooks(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	hooks := c.appPod(t, "hooks")
+	app := &hooks.Spec.Containers[0]
+	uid := int64(1234)
+	app.SecurityContext = &corev1.SecurityContext{RunAsUser: &uid}
+	app.Env = []corev1.EnvVar{{Name: "NAME", Value: "hooked"}, {Name: "JOURNAL", Value: "/notes/journal"}, {Name: "LAST_WORD", Value: "/notes/last"}}
+	app.TerminationMessagePath = "/notes/last"
+	app.LivenessProbe, app.ReadinessProbe = httpProbe("/check/live", 8080), httpProbe("/check/ready", 8080)
+	app.Lifecycle = &corev1.Lifecycle{
+		PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/testapp", "note", "/notes/journal", "post $(NAME)"}}},
+		PreStop:   &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/note?file=/notes/journal&text=pre", Port: intstr.FromString("http")}},
+	}
+	app.VolumeMounts = []corev1.VolumeMount{{Name: "notes", MountPath: "/notes"}}
+	hooks.Spec.Volumes = []corev1.Volume{{Name: "notes", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+
+	fails := c.appPod(t, "post-start-fails")
+	fails.Spec.RestartPolicy = corev1.RestartPolicyNever
+	fails.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/testapp", "exists", "/nowhere"}}}}
+
+	word := c.appPod(t, "last-word", "exit", "7", "/dev/termination-log", "out of luck")
+	word.Spec.RestartPolicy = corev1.RestartPolicyNever
+
+	logs := c.appPod(t, "logs-on-error", "exit", "7")
+	logs.Spec.RestartPolicy = corev1.RestartPolicyNever
+	logs.Spec.Containers[0].TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError
+
+	rule := c.appPod(t, "restart-rule")
+	rule.Spec.RestartPolicy = corev1.RestartPolicyNever
+	never := corev1.ContainerRestartPolicyNever
+	rule.Spec.Containers[0].RestartPolicy = &never
+	rule.Spec.Containers[0].RestartPolicyRules = []corev1.ContainerRestartRule{{
+		Action:    corev1.ContainerRestartRuleActionRestart,
+		ExitCodes: &corev1.ContainerRestartRuleOnExitCodes{Operator: corev1.ContainerRestartRuleOnExitCodesOpIn, Values: []int32{42}},
+	}}
+	for _, pod := range []*corev1.Pod{hooks, fails, word, logs, rule} {
+		ns.create(t, pod)
+	}
+
+	t.Run("around a run", func(t *testing.T) {
+		t.Parallel()
+		set, _ := c.measure(t, hooks)
+		ns.ready(t, "hooks", 1)
+		addr := ns.forward(t, "pod/hooks", 8080)
+		const post = "post $(NAME) uid=1234 NAME=hooked\n"
+		if got := c.answer(t, addr, set, "/read?file=/notes/journal"); got != post {
+			t.Errorf("noted after the start: %q, want %q", got, post)
+		}
+		c.answer(t, addr, set, "/break/live")
+		eventually(t, bootTime, "a restart", func() (bool, string) {
+			p := ns.pod(t, "hooks")
+			return container(t, p, "app").RestartCount == 1 && isReady(p), state(p)
+		})
+		last := container(t, ns.pod(t, "hooks"), "app").LastTerminationState.Terminated
+		if last == nil || last.ExitCode != 0 || last.Message != "so long" {
+			t.Errorf("the first run ended with %+v, want exit code 0 and its last word", last)
+		}
+		b, err := ns.kube.CoreV1().Pods(ns.name).GetLogs("hooks", &corev1.PodLogOptions{Container: "app", Previous: true}).DoRaw(t.Context())
+		if want := "testapp: stopping\ntestapp: journal\n" + post + "pre uid=1234 NAME=hooked\n"; err != nil || !strings.HasSuffix(string(b), want) {
+			t.Errorf("the log of the run before: %q, %v, want %q at its end", b, err, want)
+		}
+	})
+	t.Run("postStart fails", func(t *testing.T) {
+		t.Parallel()
+		ended := ns.terminated(t, "post-start-fails")
+		if !strings.Contains(ended.Message, "the postStart hook failed, so the workload was stopped: exec hook: the command ended with status 1") {
+			t.Errorf("termination message %q", ended.Message)
+		}
+		if got := ns.logs(t, "post-start-fails", "app"); !strings.Contains(got, "testapp: stopping") {
+			t.Errorf("the workload was not asked to stop: %q", got)
+		}
+	})
+	t.Run("termination message", func(t *testing.T) {
+		t.Parallel()
+		if ended := ns.terminated(t, "last-word"); ended.ExitCode != 7 || ended.Message != "out of luck" {
+			t.Errorf("ended with %+v", ended)
+		}
+	})
+	t.Run("the log instead", func(t *testing.T) {
+		t.Parallel()
+		if ended := ns.terminated(t, "logs-on-error"); ended.ExitCode != 7 || ended.Message != "testapp: started\n" {
+			t.Errorf("ended with %+v", ended)
+		}
+	})
+	t.Run("restart by exit code", func(t *testing.T) {
+		t.Parallel()
+		set, _ := c.measure(t, rule)
+		for run, code := range []string{"42", "3"} {
+			eventually(t, bootTime, "the workload serves", func() (bool, string) {
+				p := ns.pod(t, "restart-rule")
+				return isReady(p) && container(t, p, "app").RestartCount == int32(run), state(p)
+			})
+			c.answer(t, ns.forward(t, "pod/restart-rule", 8080), set, "/exit?code="+code)
+		}
+		ended := ns.terminated(t, "restart-rule")
+		if p := ns.pod(t, "restart-rule"); ended.ExitCode != 3 || p.Status.Phase != corev1.PodFailed || container(t, p, "app").RestartCount != 1 {
+			t.Errorf("ended with %+v, %s", ended, state(p))
+		}
+	})
+}
