@@ -120,9 +120,12 @@ func TestHooks(t *testing.T) {
 			})
 			c.answer(t, ns.forward(t, "pod/restart-rule", 8080), set, "/exit?code="+code)
 		}
-		ended := ns.terminated(t, "restart-rule")
-		if p := ns.pod(t, "restart-rule"); ended.ExitCode != 3 || p.Status.Phase != corev1.PodFailed || container(t, p, "app").RestartCount != 1 {
-			t.Errorf("ended with %+v, %s", ended, state(p))
+		eventually(t, bootTime, "the pod fails", func() (bool, string) {
+			p := ns.pod(t, "restart-rule")
+			return p.Status.Phase == corev1.PodFailed, state(p)
+		})
+		if app := container(t, ns.pod(t, "restart-rule"), "app"); app.State.Terminated.ExitCode != 3 || app.RestartCount != 1 {
+			t.Errorf("ended with %+v, %d restarts", app.State.Terminated, app.RestartCount)
 		}
 	})
 }

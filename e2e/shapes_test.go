@@ -51,6 +51,9 @@ func TestAccepted(t *testing.T) {
 			}
 			// What the namespace lacks, and what admission would add.
 			no := false
+			if sent.Name == "" {
+				sent.GenerateName = "pod-"
+			}
 			sent.Namespace, sent.UID, sent.ResourceVersion = "", "", ""
 			sent.Spec.ServiceAccountName, sent.Spec.DeprecatedServiceAccount, sent.Spec.AutomountServiceAccountToken = "", "", &no
 			sent.Spec.Tolerations, sent.Spec.Priority, sent.Spec.PriorityClassName, sent.Spec.NodeName = nil, nil, "", ""
