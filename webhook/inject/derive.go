@@ -390,7 +390,7 @@ func (p *problems) mount(at *field.Path, spec *corev1.PodSpec, c *corev1.Contain
 	}
 	v := volume(spec, m.Name)
 	if v == nil {
-		p.list = append(p.list, field.Invalid(at.Child("name"), m.Name, "the pod has no volume of this name"))
+		p.list = append(p.list, field.Invalid(at.Child("name"), m.Name, "the pod has no volume of this name; the claims of a StatefulSet cannot be mounted into an enclave"))
 		return w, false
 	}
 	if hostVolume(v) {
