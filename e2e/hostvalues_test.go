@@ -160,6 +160,24 @@ func TestHostValues(t *testing.T) {
 	}
 }
 
+// A workload that is not root reads a Secret that the kubelet gives to its group, as in any pod.
+func TestHostFilesOfAGroup(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	ns.hostObjects(t)
+	pod := c.appPod(t, "group")
+	uid, group, mode := int64(1000), int64(2000), int32(0o400)
+	pod.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: &uid, RunAsNonRoot: new(true), FSGroup: &group}
+	pod.Spec.Volumes = []corev1.Volume{{Name: "keys", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "keys", DefaultMode: &mode}}}}
+	pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "keys", MountPath: "/etc/keys"}}
+	set, _ := c.measure(t, pod)
+	ns.create(t, pod)
+	ns.ready(t, "group", 1)
+	if got := c.answer(t, ns.forward(t, "pod/group", 8080), set, "/read?file=/etc/keys/password"); got != "open sesame" {
+		t.Errorf("the Secret has %q", got)
+	}
+}
+
 // The token of the pod's service account is in the enclave if the config says so.
 func TestServiceAccountToken(t *testing.T) {
 	c := e2e(t)

@@ -3,6 +3,7 @@ package inject
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
 	"path"
 	"slices"
@@ -31,7 +32,7 @@ import (
 // The names keep the workload's variables apart from what the console's own runtime reads, from the
 // variables of services, and from ours.
 
-// env fills in what the manifest says of variables. Kms says that the pod's credentials are the sidecar's.
+// env fills in what the manifest says of variables.
 func (p *problems) env(cp *field.Path, c *corev1.Container, cfg *config.EnclaveConfig, m *workload.Manifest) {
 	m.HostEnv = cfg.HostEnv
 	for i, e := range c.Env {
@@ -366,18 +367,20 @@ func modes(v *corev1.Volume) []*int32 {
 // returns the console without it.
 func (p *problems) compareHost(cp *field.Path, c *corev1.Container, m *workload.Manifest) *corev1.Container {
 	rest := *c
-	rest.Env = slices.Clone(c.Env)
+	missing := map[string]bool{}
 	for _, e := range m.Env {
-		if !e.Host {
-			continue
+		if e.Host {
+			missing[podenv.EnvValue+e.Name] = true
 		}
-		name := podenv.EnvValue + e.Name
-		i := slices.IndexFunc(rest.Env, func(h corev1.EnvVar) bool { return h.Name == name })
-		if i < 0 {
-			p.forbid(cp.Child("env"), name+", which was injected, is gone")
-			continue
-		}
-		rest.Env = slices.Delete(rest.Env, i, i+1)
+	}
+	// A second one of a name stays, and is refused with all that nobody injected.
+	rest.Env = slices.DeleteFunc(slices.Clone(c.Env), func(h corev1.EnvVar) bool {
+		found := missing[h.Name]
+		delete(missing, h.Name)
+		return found
+	})
+	for _, name := range slices.Sorted(maps.Keys(missing)) {
+		p.forbid(cp.Child("env"), name+", which was injected, is gone")
 	}
 	if m.EnvFrom {
 		ours := func(e corev1.EnvFromSource) bool { return strings.HasPrefix(e.Prefix, podenv.EnvFrom) }
