@@ -100,7 +100,8 @@ func (i *injection) run(ctx context.Context, resolve inject.Resolver, stdin io.R
 			more, warnings, errs := inject.PatchTagged(ctx, t.Pod, i.options, resolve)
 			for _, e := range errs {
 				denied = true
-				fmt.Fprintf(stderr, "%s: %v\n", what, e)
+				reason, _ := inject.ReasonOf(e)
+				fmt.Fprintf(stderr, "%s: %s: %v\n", what, reason, e)
 			}
 			for _, w := range warnings {
 				fmt.Fprintf(stderr, "%s: Warning: %s\n", what, w)

@@ -221,7 +221,7 @@ func TestInjectDocuments(t *testing.T) {
 	}
 
 	r = callInject(t, deployment+"---\n"+bad, "-f", "-", "--pin", "never")
-	r.want(t, 1, "-: Pod broken: spec.containers[0].image: Invalid value", "nothing was injected")
+	r.want(t, 1, "-: Pod broken: ImageRefused: spec.containers[0].image: Invalid value", "nothing was injected")
 	if r.stdout != "" {
 		t.Errorf("stdout is %q", r.stdout)
 	}

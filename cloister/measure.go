@@ -92,7 +92,8 @@ func (m *measure) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Wr
 			manifest, image, warnings, errs := inject.DeriveTagged(ctx, &template.ObjectMeta, &template.Spec, m.resolver())
 			if len(errs) > 0 {
 				for _, e := range errs {
-					fmt.Fprintf(stderr, "%s: %v\n", what, e)
+					reason, _ := inject.ReasonOf(e)
+					fmt.Fprintf(stderr, "%s: %s: %v\n", what, reason, e)
 				}
 				refused++
 				continue

@@ -190,7 +190,7 @@ func TestMeasureRefuses(t *testing.T) {
 		"no YAML":       {[]string{"-f", "-", "--eif", image}, "a: [", 1, []string{"read YAML document 1"}},
 		"typo":          {[]string{"-f", "-", "--eif", image}, strings.Replace(deployment, "/enclave", "/enclav", 1), 1, []string{`did you mean "cloister.dev/enclave"`}},
 		"bad pod": {[]string{"-f", "-", "--eif", image}, deployment + "---\n" + bad, 1, []string{
-			"-: Pod broken: spec.containers[0].image: Invalid value", "-: Pod broken: spec.containers[0].env[0].valueFrom.fileKeyRef: Forbidden", "the webhook would deny",
+			"-: Pod broken: ImageRefused: spec.containers[0].image: Invalid value", "-: Pod broken: EnvironmentRefused: spec.containers[0].env[0].valueFrom.fileKeyRef: Forbidden", "the webhook would deny",
 		}},
 	}
 	for name, test := range tests {

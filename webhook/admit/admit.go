@@ -72,7 +72,7 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 	log := h.log.With("namespace", req.Namespace, "pod", req.Name, "uid", string(req.UID), "dryRun", req.DryRun != nil && *req.DryRun)
 
 	if len(errs) > 0 {
-		reason, _ := inject.ReasonOf(errs)
+		reason, _ := inject.ReasonOf(errs[0])
 		h.injections.WithLabelValues(resultDenied, string(reason)).Inc()
 		h.events.denied(&req.AdmissionRequest, errs)
 		// Only where, never what: values may be secrets.

@@ -91,7 +91,7 @@ func TestHandle(t *testing.T) {
 	input = pod(t, "denied-everything-at-once")
 	denied := review(t, h, input)
 	_, _, errs := inject.Patch(input, options)
-	reason, _ := inject.ReasonOf(errs)
+	reason, _ := inject.ReasonOf(errs[0])
 	if denied.Allowed || denied.Patch != nil || denied.Result.Code != http.StatusForbidden || denied.Result.Reason != "Invalid" {
 		t.Errorf("denied: %+v", denied)
 	}

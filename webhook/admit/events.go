@@ -101,7 +101,7 @@ func (e *Events) denied(req *admissionv1.AdmissionRequest, errs field.ErrorList)
 	if owner == nil {
 		return
 	}
-	reason, sentence := inject.ReasonOf(errs)
+	reason, sentence := inject.ReasonOf(errs[0])
 	message := fmt.Sprintf("A pod was denied. %s %s", sentence, sentences(errs))
 	if len(message) > maxMessage {
 		message = strings.ToValidUTF8(message[:maxMessage-3], "") + "..."

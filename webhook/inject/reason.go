@@ -6,8 +6,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
-// Reason is why a pod is denied, in one word: the label of the metric and the reason of the Event. A denial has a
-// sentence of its own for each thing that is wrong; the reason says what part of the pod to look at.
+// Reason is why a pod is denied, in one word: the label of the metric, the reason of the Event and what the command
+// line puts before the sentence. A denial has a sentence of its own for each thing that is wrong; the reason says
+// what part of the pod to look at.
 type Reason string
 
 // Reasons of denials.
@@ -48,10 +49,10 @@ var reasons = []struct {
 	{PodRefused, regexp.MustCompile(`^`), "The pod asks for what a pod with an enclave cannot have."},
 }
 
-// ReasonOf returns the reason of a denial, which is that of its first error, and the reason's sentence.
-func ReasonOf(errs field.ErrorList) (Reason, string) {
+// ReasonOf returns the reason of one of the errors of a denial, and the reason's sentence.
+func ReasonOf(err *field.Error) (Reason, string) {
 	i := 0
-	for !reasons[i].fields.MatchString(errs[0].Field) {
+	for !reasons[i].fields.MatchString(err.Field) {
 		i++ // the last row matches all
 	}
 	return reasons[i].reason, reasons[i].sentence

@@ -32,7 +32,7 @@ func TestReasonOf(t *testing.T) {
 		"spec.hostNetwork":                                 PodRefused,
 		"spec.nodeSelector[kubernetes.io/os]":              PodRefused,
 	} {
-		got, sentence := ReasonOf(field.ErrorList{{Field: path}, {Field: "spec.hostNetwork"}})
+		got, sentence := ReasonOf(&field.Error{Field: path})
 		if got != want || sentence == "" {
 			t.Errorf("%s: %s %q, want %s", path, got, sentence, want)
 		}
@@ -49,7 +49,7 @@ func TestReasonsAreUsed(t *testing.T) {
 	for _, name := range inputs {
 		_, _, errs := Patch(readPod(t, filepath.Join(filepath.Dir(name), "input.yaml")), testOptions)
 		for _, e := range errs {
-			r, _ := ReasonOf(field.ErrorList{e})
+			r, _ := ReasonOf(e)
 			seen = append(seen, r)
 		}
 	}
