@@ -9,9 +9,9 @@ import (
 // HostAccess lists what the host of this workload can read and what it can change, one sentence of at
 // most 120 characters each. Everything else is sealed from the host by the enclave.
 func HostAccess(m *workload.Manifest) []string {
-	out := []string{"the host can read: stdout, stderr and termination message of the workload, its exit code and the results of its probes"}
+	out := []string{"the host can read: stdout, stderr and termination message of the workload, its exit code, results of probes and hooks"}
 	if m.Logs == workload.LogsOTLP {
-		out[0] = "the host can read: the workload's exit code and the results of its probes (logs: otlp)"
+		out[0] = "the host can read: the workload's exit code and the results of its probes and hooks (logs: otlp)"
 	}
 	for _, p := range m.Ports {
 		if p.Plaintext {
