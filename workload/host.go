@@ -16,38 +16,44 @@ const MaxHostFiles = 4096
 
 // refusedEnv are variables that the host cannot supply unless Manifest.HostEnv names them: they make a
 // program load other code, trust other certificates, talk to somebody else or write its keys down. "*" at
-// an end stands for anything. Where case matters to no program that reads them, it does not matter here.
+// an end stands for anything.
 var refusedEnv = []string{
 	// The dynamic loader and the C library (glibc, sysdeps/generic/unsecvars.h; musl, ldso).
 	"LD_*", "GCONV_PATH", "GETCONF_DIR", "GLIBC_TUNABLES", "HOSTALIASES", "LOCALDOMAIN", "LOCPATH", "MALLOC_TRACE",
 	"NIS_PATH", "NLSPATH", "RES_OPTIONS", "RESOLV_*",
 	// Which programs are run, and what shells read before anything else.
 	"PATH", "HOME", "SHELL", "IFS", "ENV", "BASH_ENV", "BASH_FUNC_*", "BASHOPTS", "SHELLOPTS", "CDPATH", "FPATH", "PS4", "PROMPT_COMMAND", "ZDOTDIR",
-	"LESSOPEN", "LESSCLOSE", "GIT_*",
+	"LESSOPEN", "LESSCLOSE", "GIT_*", "KUBECONFIG", "XDG_*",
 	// Languages and their runtimes.
-	"PYTHON*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "PHPRC", "PHP_INI_SCAN_DIR", "LUA_*", "R_ENVIRON*", "R_LIBS*", "R_PROFILE*", "ERL_*", "ELIXIR_ERL_OPTIONS",
-	"NODE_OPTIONS", "NODE_PATH", "NODE_EXTRA_CA_CERTS", "NODE_TLS_REJECT_UNAUTHORIZED", "NODE_REPL_*", "NPM_CONFIG_*", "BUN_*", "DENO_*",
+	"PYTHON*", "PIP_*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "PHPRC", "PHP_INI_SCAN_DIR", "LUA_*", "R_ENVIRON*", "R_LIBS*", "R_PROFILE*", "ERL_*", "ELIXIR_ERL_OPTIONS",
+	"NODE_OPTIONS", "NODE_PATH", "NODE_EXTRA_CA_CERTS", "NODE_TLS_REJECT_UNAUTHORIZED", "NODE_REPL_*", "BUN_*", "DENO_*",
 	"JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "JAVA_OPTS", "JAVA_HOME", "CATALINA_OPTS", "CLASSPATH",
 	"DOTNET_STARTUP_HOOKS", "DOTNET_ADDITIONAL_DEPS", "DOTNET_SHARED_STORE", "CORECLR_*", "COR_*", "GODEBUG",
 	// Whom a program trusts, and where it writes its keys.
-	"SSL_CERT_*", "SSLKEYLOGFILE", "OPENSSL_*", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+	"SSL_CERT_*", "SSLKEYLOGFILE", "OPENSSL_*", "GNUTLS_*", "KRB5_*", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 	// Whom it talks to.
-	"*_PROXY", "AWS_ENDPOINT_URL*", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+	"AWS_ENDPOINT_URL*", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
 	// Kept for Cloister.
 	"CLOISTER_*",
 }
 
+// refusedAnyCase are more of them, which programs read in upper and lower case.
+var refusedAnyCase = []string{"*_PROXY", "NPM_CONFIG_*"}
+
 // RefusedEnv tells whether the host cannot supply a variable of this name unless Manifest.HostEnv names it.
 func RefusedEnv(name string) bool {
-	upper := strings.ToUpper(name)
-	return slices.ContainsFunc(refusedEnv, func(p string) bool {
+	return matchesAny(refusedEnv, name) || matchesAny(refusedAnyCase, strings.ToUpper(name))
+}
+
+func matchesAny(patterns []string, name string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool {
 		if end, ok := strings.CutPrefix(p, "*"); ok {
-			return strings.HasSuffix(upper, end)
+			return strings.HasSuffix(name, end)
 		}
 		if begin, ok := strings.CutSuffix(p, "*"); ok {
-			return strings.HasPrefix(upper, begin)
+			return strings.HasPrefix(name, begin)
 		}
-		return upper == p
+		return name == p
 	})
 }
 
