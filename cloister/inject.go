@@ -27,6 +27,8 @@ type injection struct {
 	file    string
 	output  string
 	options inject.Options
+	cpus    string // ENCLAVE_CPUS and DEVICE_GROUP of the installation
+	group   string
 	tags
 }
 
@@ -59,6 +61,9 @@ Warnings are on stderr. If one pod is denied, so are all, with every reason on s
 	f.StringVarP(&i.file, "filename", "f", "", "YAML or JSON `file` with one or more documents; - is standard input")
 	f.StringVarP(&i.output, "output", "o", outputYAML, "`format`: yaml or patch")
 	f.StringVar(&i.options.Driver, "driver", cmp.Or(os.Getenv("DRIVER"), inject.DriverProcess), "the installation's `DRIVER`")
+	f.StringVar(&i.options.HugePages, "hugepages", cmp.Or(os.Getenv("HUGEPAGES"), "2Mi"), "the installation's `HUGEPAGES`, with driver nitro")
+	f.StringVar(&i.cpus, "enclave-cpus", os.Getenv("ENCLAVE_CPUS"), "the installation's `ENCLAVE_CPUS`, with driver nitro")
+	f.StringVar(&i.group, "device-group", os.Getenv("DEVICE_GROUP"), "the installation's `DEVICE_GROUP`, with driver nitro")
 	f.StringVar(&i.options.InitbootImage, "initboot-image", os.Getenv("INITBOOT_IMAGE"), "the installation's `INITBOOT_IMAGE`")
 	f.StringVar(&i.options.SidecarImage, "sidecar-image", os.Getenv("SIDECAR_IMAGE"), "the installation's `SIDECAR_IMAGE`")
 	i.add(f, pinResolve)
@@ -72,12 +77,13 @@ func (i *injection) check() error {
 		return errors.New("name the YAML file with -f, or - for standard input")
 	case i.output != outputYAML && i.output != outputPatch:
 		return fmt.Errorf("there is no output %q: write yaml or patch", i.output)
-	case i.options.Driver != inject.DriverProcess:
-		return fmt.Errorf("there is no driver %q: write %s", i.options.Driver, inject.DriverProcess)
 	case i.options.InitbootImage == "":
 		return errors.New("name the image of initboot with --initboot-image: " + where)
 	case i.options.SidecarImage == "":
 		return errors.New("name the image of the sidecar with --sidecar-image: " + where)
+	}
+	if err := i.options.Read(i.cpus, i.group); err != nil {
+		return err
 	}
 	return i.tags.check()
 }

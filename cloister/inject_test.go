@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -39,11 +40,34 @@ func resolveTag(_ context.Context, image string) (string, error) {
 
 var installation = inject.Options{Driver: inject.DriverProcess, InitbootImage: initbootImage, SidecarImage: sidecarImage}
 
+// caseOptions are those of a golden.
+func caseOptions(t *testing.T, dir string) inject.Options {
+	t.Helper()
+	options := installation
+	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return options
+	}
+	if err == nil {
+		err = yaml.UnmarshalStrict(data, &options)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return options
+}
+
 // injectWith injects with resolveTag in place of registries.
 func injectWith(t *testing.T, stdin string, output string) result {
 	t.Helper()
+	return injectAs(t, installation, stdin, output)
+}
+
+// injectAs is injectWith for another installation or namespace.
+func injectAs(t *testing.T, options inject.Options, stdin string, output string) result {
+	t.Helper()
 	var out, errs bytes.Buffer
-	i := injection{file: "-", output: output, options: installation}
+	i := injection{file: "-", output: output, options: options}
 	if err := i.run(t.Context(), resolveTag, strings.NewReader(stdin), &out, &errs); err != nil {
 		fmt.Fprintln(&errs, err)
 		return result{1, out.String(), errs.String()}
@@ -88,8 +112,8 @@ func TestInjectGolden(t *testing.T) {
 	for _, input := range inputs {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
-			pod := read(t, input)
-			got := injectWith(t, pod, outputYAML)
+			pod, options := read(t, input), caseOptions(t, dir)
+			got := injectAs(t, options, pod, outputYAML)
 			if denied, err := os.ReadFile(filepath.Join(dir, "denied.txt")); err == nil {
 				got.want(t, 1, strings.Split(strings.TrimSpace(string(denied)), "\n")...)
 				if got.stdout != "" {
@@ -115,12 +139,12 @@ func TestInjectGolden(t *testing.T) {
 				t.Errorf("-o yaml (-want +got):\n%s", diff)
 			}
 
-			patch := injectWith(t, pod, outputPatch).stdout
+			patch := injectAs(t, options, pod, outputPatch).stdout
 			object, err := yaml.YAMLToJSON([]byte(pod))
 			if err != nil {
 				t.Fatal(err)
 			}
-			ops, _, _ := inject.PatchTagged(t.Context(), object, installation, resolveTag)
+			ops, _, _ := inject.PatchTagged(t.Context(), object, options, resolveTag)
 			if ops == nil {
 				ops = []inject.Op{}
 			}
@@ -133,7 +157,7 @@ func TestInjectGolden(t *testing.T) {
 			}
 
 			list := wrapped(t, pod)
-			injected := injectWith(t, list, outputYAML)
+			injected := injectAs(t, options, list, outputYAML)
 			injected.want(t, 0, warnings...)
 			var have struct {
 				Items []struct {
@@ -155,8 +179,8 @@ func TestInjectGolden(t *testing.T) {
 				t.Errorf("in a Deployment in a List (-want +got):\n%s", diff)
 			}
 			// The patch is one of the document that it was made from.
-			applied(t, list, injectWith(t, list, outputPatch).stdout, injected.stdout)
-			if again := injectWith(t, injected.stdout, outputYAML); again.code != 0 || again.stdout != injected.stdout || again.stderr != "" {
+			applied(t, list, injectAs(t, options, list, outputPatch).stdout, injected.stdout)
+			if again := injectAs(t, options, injected.stdout, outputYAML); again.code != 0 || again.stdout != injected.stdout || again.stderr != "" {
 				t.Errorf("the second pass is not empty: %q\n%s", again.stderr, cmp.Diff(injected.stdout, again.stdout))
 			}
 		})
@@ -237,6 +261,8 @@ func TestInjectRefuses(t *testing.T) {
 		"no such file": {[]string{"-f", "/nonexistent"}, 1, "no such file"},
 		"output":       {[]string{"-f", "-", "-o", "json"}, 2, "write yaml or patch"},
 		"driver":       {[]string{"-f", "-", "--driver", "firecracker"}, 2, `there is no driver "firecracker"`},
+		"huge pages":   {[]string{"-f", "-", "--driver", "nitro", "--hugepages", "4Ki"}, 2, "set HUGEPAGES to 2Mi or 1Gi"},
+		"device group": {[]string{"-f", "-", "--driver", "nitro", "--device-group", "ne"}, 2, `DEVICE_GROUP is "ne"`},
 		"initboot":     {[]string{"-f", "-", "--initboot-image", ""}, 2, "--initboot-image"},
 		"sidecar":      {[]string{"-f", "-", "--sidecar-image", ""}, 2, "--sidecar-image"},
 		"pin":          {[]string{"-f", "-", "--pin", "always"}, 2, "write resolve or never"},

@@ -2,10 +2,11 @@
 //
 // It serves admission reviews on port 9443 (TLS) and /metrics, /healthz and /readyz on port 8080. It is
 // configured by flags, whose defaults come from the environment: DRIVER, INITBOOT_IMAGE, SIDECAR_IMAGE,
-// REVISION, POD_NAMESPACE, PLAIN_HTTP_REGISTRIES.
+// REVISION, POD_NAMESPACE, PLAIN_HTTP_REGISTRIES; with driver nitro HUGEPAGES, ENCLAVE_CPUS, DEVICE_GROUP.
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -91,7 +92,10 @@ func main() {
 // configure reads the flags.
 func configure(args []string, env func(string) string) (s setup, err error) {
 	flags := flag.NewFlagSet("webhook", flag.ContinueOnError)
-	flags.StringVar(&s.Driver, "driver", env("DRIVER"), "how enclaves are launched: process")
+	flags.StringVar(&s.Driver, "driver", env("DRIVER"), "how enclaves are launched: process or nitro")
+	flags.StringVar(&s.HugePages, "hugepages", cmp.Or(env("HUGEPAGES"), "2Mi"), "size of the pages that nodes keep for enclaves, 2Mi or 1Gi (driver nitro)")
+	cpus := flags.String("enclave-cpus", env("ENCLAVE_CPUS"), "true if the device plugin offers aws.ec2.nitro/nitro_enclaves_cpus (driver nitro)")
+	group := flags.String("device-group", env("DEVICE_GROUP"), "gid that may open /dev/nitro_enclaves, if there is one (driver nitro)")
 	flags.StringVar(&s.InitbootImage, "initboot-image", env("INITBOOT_IMAGE"), "image of initboot and of the console")
 	flags.StringVar(&s.SidecarImage, "sidecar-image", env("SIDECAR_IMAGE"), "image of the sidecar")
 	flags.StringVar(&s.revision, "revision", env("REVISION"), "revision of this webhook; empty for the default one")
@@ -101,12 +105,8 @@ func configure(args []string, env func(string) string) (s setup, err error) {
 		return s, err
 	}
 	s.PlainHTTP = registry.ParseList(*plain)
-	switch s.Driver {
-	case inject.DriverProcess:
-	case "nitro", "qemu":
-		return s, fmt.Errorf("driver %s is not built yet: set DRIVER to process", s.Driver)
-	default:
-		return s, fmt.Errorf("there is no driver %q: set DRIVER to process", s.Driver)
+	if err := s.Read(*cpus, *group); err != nil {
+		return s, err
 	}
 	for name, value := range map[string]string{"INITBOOT_IMAGE": s.InitbootImage, "SIDECAR_IMAGE": s.SidecarImage, "POD_NAMESPACE": s.namespace} {
 		if value == "" {
@@ -130,6 +130,10 @@ func run(ctx context.Context, log *slog.Logger, setup setup) error {
 	if err != nil {
 		return fmt.Errorf("make client: %w", err)
 	}
+	namespaces, err := watchNamespaces(config)
+	if err != nil {
+		return err
+	}
 	source := &certs.Source{
 		Client: kube, Namespace: setup.namespace, Secret: setup.named(secret), Service: setup.named(service),
 		Target: certs.MutatingWebhook(setup.named(configuration)), Log: log, Now: time.Now,
@@ -151,10 +155,12 @@ func run(ctx context.Context, log *slog.Logger, setup setup) error {
 
 	events := admit.NewEvents(kube, log, reg)
 	resolver := resolve.New(setup.PlainHTTP, log)
+	handler := admit.New(setup.Options, resolver.Resolve, events, log, reg)
+	handler.Enforced = namespaces.enforced
 	self := admit.New(setup.Options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	check := &selfCheck{source: source, url: "https://127.0.0.1:" + admitPort + selfPath}
 	var draining atomic.Bool
-	admission := server(leaving(&draining, admitMux(admit.New(setup.Options, resolver.Resolve, events, log, reg), self)))
+	admission := server(leaving(&draining, admitMux(handler, self)))
 	plain := server(plainMux(check, &draining, reg))
 	tlsListener, err := tls.Listen("tcp", ":"+admitPort, tlsConfig(source))
 	if err != nil {
@@ -170,6 +176,7 @@ func run(ctx context.Context, log *slog.Logger, setup setup) error {
 	go func() { failed <- plain.Serve(plainListener) }()
 	go source.Run(ctx)
 	go events.Run(ctx)
+	go namespaces.run(ctx, log)
 	log.Info("webhook started", "driver", setup.Driver, "initboot", setup.InitbootImage, "sidecar", setup.SidecarImage, "revision", setup.revision)
 
 	select {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
@@ -31,27 +32,42 @@ import (
 
 func TestConfigure(t *testing.T) {
 	full := map[string]string{"DRIVER": "process", "INITBOOT_IMAGE": "i", "SIDECAR_IMAGE": "s", "POD_NAMESPACE": "n"}
+	with := func(pairs ...string) map[string]string {
+		env := maps.Clone(full)
+		for i := 0; i < len(pairs); i += 2 {
+			env[pairs[i]] = pairs[i+1]
+		}
+		return env
+	}
+	options := inject.Options{Driver: "process", InitbootImage: "i", SidecarImage: "s", HugePages: "2Mi"}
+	plain, nitro, small := options, options, options
+	plain.PlainHTTP = []string{"a:5000", "b"}
+	nitro.Driver, nitro.HugePages, nitro.EnclaveCPUs, nitro.DeviceGroup = "nitro", "1Gi", true, 989
+	small.Driver = "nitro"
 	for name, tc := range map[string]struct {
-		env   map[string]string
-		args  []string
-		plain []string // registries
-		want  string   // part of the error
-		name  string   // of the configuration
+		env     map[string]string
+		args    []string
+		options inject.Options
+		want    string // part of the error
+		name    string // of the configuration
 	}{
-		"environment":    {env: full, name: "00-cloister"},
-		"a revision":     {env: full, args: []string{"-revision=canary"}, name: "00-cloister-canary"},
-		"plain HTTP":     {env: full, args: []string{"-plain-http-registries=a:5000,b"}, plain: []string{"a:5000", "b"}, name: "00-cloister"},
-		"flag wins":      {env: full, args: []string{"-driver=nitro"}, want: "driver nitro is not built yet"},
-		"qemu":           {env: map[string]string{"DRIVER": "qemu"}, want: "driver qemu is not built yet"},
+		"environment":    {env: full, options: options, name: "00-cloister"},
+		"a revision":     {env: full, args: []string{"-revision=canary"}, options: options, name: "00-cloister-canary"},
+		"plain HTTP":     {env: full, args: []string{"-plain-http-registries=a:5000,b"}, options: plain, name: "00-cloister"},
+		"flag wins":      {env: full, args: []string{"-driver=nitro"}, options: small, name: "00-cloister"},
+		"nitro":          {env: with("DRIVER", "nitro", "HUGEPAGES", "1Gi", "ENCLAVE_CPUS", "true", "DEVICE_GROUP", "989"), options: nitro, name: "00-cloister"},
+		"qemu":           {env: map[string]string{"DRIVER": "qemu"}, want: `there is no driver "qemu"`},
 		"unknown driver": {env: map[string]string{"DRIVER": "proces"}, want: `there is no driver "proces"`},
 		"no driver":      {want: `there is no driver ""`},
 		"no images":      {env: map[string]string{"DRIVER": "process", "SIDECAR_IMAGE": "s", "POD_NAMESPACE": "n"}, want: "INITBOOT_IMAGE is empty"},
+		"page size":      {env: with("DRIVER", "nitro", "HUGEPAGES", "4Ki"), want: "set HUGEPAGES to 2Mi or 1Gi"},
+		"group's name":   {env: with("DEVICE_GROUP", "ne"), want: `DEVICE_GROUP is "ne"`},
+		"vCPUs":          {env: with("ENCLAVE_CPUS", "4"), want: `ENCLAVE_CPUS is "4"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := configure(tc.args, func(k string) string { return tc.env[k] })
 			switch {
-			case tc.want == "" && (err != nil || got.namespace != "n" || got.named(configuration) != tc.name ||
-				!reflect.DeepEqual(got.Options, inject.Options{Driver: "process", InitbootImage: "i", SidecarImage: "s", PlainHTTP: tc.plain})):
+			case tc.want == "" && (err != nil || got.namespace != "n" || got.named(configuration) != tc.name || !reflect.DeepEqual(got.Options, tc.options)):
 				t.Errorf("%+v, error %v", got, err)
 			case tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)):
 				t.Errorf("error %v, want %q", err, tc.want)

@@ -10,6 +10,7 @@ const (
 	EnvManifest     = EnvPrefix + "MANIFEST"      // the workload manifest, canonical JSON
 	EnvImage        = EnvPrefix + "IMAGE"         // the workload's image reference, by digest
 	EnvMemory       = EnvPrefix + "MEMORY"        // the enclave's memory in bytes, a decimal number
+	EnvCPUs         = EnvPrefix + "CPUS"          // the enclave's vCPUs, a decimal number; unset with the process driver
 	EnvPluginImages = EnvPrefix + "PLUGIN_IMAGES" // JSON array of image references, by digest; unset for none
 
 	// The pod, where telemetry carries it.
@@ -50,3 +51,7 @@ const (
 	// place in their list, with a file .dockerconfigjson or .dockercfg.
 	PullSecretsDir = "/run/cloister-pull-secrets"
 )
+
+// NitroOverhead is what a Nitro enclave gets of huge pages beyond EnvMemory, in bytes: kernel, /init and the
+// base EIF itself, which is loaded into the enclave's own memory.
+const NitroOverhead = 128 << 20

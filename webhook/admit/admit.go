@@ -32,6 +32,10 @@ const (
 // Handler admits pods. It has no side effects beyond its metrics, one log line a pod and, unless it is a dry run,
 // an Event about a denial.
 type Handler struct {
+	// Enforced returns the level that Pod Security enforces in a namespace, or "" where it is not known. Without it
+	// none is.
+	Enforced func(namespace string) string
+
 	options    inject.Options
 	resolve    inject.Resolver
 	events     *Events
@@ -66,7 +70,11 @@ func New(options inject.Options, resolve inject.Resolver, events *Events, log *s
 // each as a cause of its own.
 func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.Response {
 	start := time.Now()
-	ops, warnings, errs := inject.PatchTagged(ctx, req.Object.Raw, h.options, h.resolve)
+	options := h.options
+	if h.Enforced != nil {
+		options.Enforced = h.Enforced(req.Namespace)
+	}
+	ops, warnings, errs := inject.PatchTagged(ctx, req.Object.Raw, options, h.resolve)
 	h.seconds.Observe(time.Since(start).Seconds())
 	// The pod's own namespace is empty when it comes from a template.
 	log := h.log.With("namespace", req.Namespace, "pod", req.Name, "uid", string(req.UID), "dryRun", req.DryRun != nil && *req.DryRun)

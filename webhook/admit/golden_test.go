@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -26,13 +27,29 @@ func resolveTag(_ context.Context, image string) (string, error) {
 	return image + "@sha256:" + strings.Repeat("cd", 32), nil
 }
 
-// TestGolden runs the goldens of package inject through HTTP.
-func TestGolden(t *testing.T) {
-	h := New(inject.Options{
+// caseOptions are those of package inject's goldens, with what <case>/options.yaml says.
+func caseOptions(t *testing.T, dir string) inject.Options {
+	t.Helper()
+	options := inject.Options{
 		Driver:        inject.DriverProcess,
 		InitbootImage: "cloister.dev/initboot@sha256:" + strings.Repeat("1", 64),
 		SidecarImage:  "cloister.dev/sidecar@sha256:" + strings.Repeat("2", 64),
-	}, resolveTag, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return options
+	}
+	if err == nil {
+		err = yaml.UnmarshalStrict(data, &options)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return options
+}
+
+// TestGolden runs the goldens of package inject through HTTP.
+func TestGolden(t *testing.T) {
 	dirs, err := filepath.Glob("../inject/testdata/*/input.yaml")
 	if err != nil || len(dirs) < 20 {
 		t.Fatalf("%d cases found, %v", len(dirs), err)
@@ -41,6 +58,11 @@ func TestGolden(t *testing.T) {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
 			before := pod(t, filepath.Base(dir))
+			options := caseOptions(t, dir)
+			enforced := options.Enforced
+			options.Enforced = "" // it is the namespace's, not the installation's
+			h := New(options, resolveTag, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+			h.Enforced = func(string) string { return enforced }
 			r := review(t, h, before)
 			if denied, err := os.ReadFile(filepath.Join(dir, "denied.txt")); err == nil {
 				oneLine := strings.NewReplacer("\n", "; ") // an error of YAML has several

@@ -50,7 +50,11 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 		return nil, p.list
 	}
 	pluginImages := p.readPluginImages(inits.Index(boot), &spec.InitContainers[boot], m)
-	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, pluginImages, memory))
+	var cpus int64
+	if opts.Driver == DriverNitro {
+		cpus = p.readCPUs(inits.Index(boot), &spec.InitContainers[boot], m)
+	}
+	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, pluginImages, memory, cpus))
 	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
 
 	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
@@ -66,6 +70,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	p.compare(cp, p.compareHost(cp, c, m), console)
 	p.compareVolumes(spec, c)
 	ops = append(ops, p.pullSecretsAgain(spec, boot)...)
+	p.list = append(p.list, checkLevel(opts, isRoot(c))...)
 	if len(errs) == 0 {
 		p.compareConfig(values.Config, spec, c, m, memory)
 	}

@@ -29,6 +29,7 @@ type decision struct {
 	index        int // of the named container in spec.containers
 	config       *config.EnclaveConfig
 	memory       int64 // of the enclave, in bytes
+	cpus         int64 // vCPUs of the enclave; 0 with a driver that sets none apart
 	// resourceFields are the values of the container's resourceFieldRefs, by index in its env.
 	resourceFields map[int]string
 	warnings       []string
@@ -39,15 +40,16 @@ type decision struct {
 // server completed it: defaults and what the cluster adds (the service account token, cloud identity,
 // resources) leave no trace in the manifest. Warnings say what the host can read and change.
 func Derive(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (m *workload.Manifest, image string, warnings []string, errs field.ErrorList) {
-	d, errs := decide(meta, spec)
+	d, errs := decide(meta, spec, Options{})
 	if len(errs) > 0 {
 		return nil, "", nil, errs
 	}
 	return d.manifest, d.image, d.warnings, nil
 }
 
-// decide reads a pod that has not been injected.
-func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.ErrorList) {
+// decide reads a pod that has not been injected. The manifest does not depend on opts; resources that do are
+// not looked at without a driver.
+func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) (*decision, field.ErrorList) {
 	p := &problems{}
 	values, errs := annotation.Read(meta.Annotations, annotationsPath)
 	p.list = errs
@@ -102,7 +104,10 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (*decision, field.Err
 			d.warnings = append(d.warnings, fmt.Sprintf("container %s has no memory limit and %s no memory: its enclave gets 512Mi", shorten(c.Name), annotation.Config))
 		}
 	}
-	p.checkPodResources(spec, d)
+	if opts.Driver == DriverNitro {
+		d.cpus = p.nitroCPUs(cp, c, d)
+	}
+	p.checkPodResources(spec, d, opts)
 	d.resourceFields = p.resourceFields(cp, c, d.config, d.memory)
 	if len(p.list) > 0 {
 		return nil, p.list

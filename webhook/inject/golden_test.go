@@ -51,6 +51,12 @@ func apply(t *testing.T, pod []byte, ops []Op) []byte {
 // console, and nothing to do in a second pass. It returns the pod after the patch.
 func checkLaw(t *testing.T, pod []byte, ops []Op) []byte {
 	t.Helper()
+	return checkLawOf(t, testOptions, pod, ops)
+}
+
+// checkLawOf is checkLaw for another installation or namespace.
+func checkLawOf(t *testing.T, opts Options, pod []byte, ops []Op) []byte {
+	t.Helper()
 	var index int
 	for _, o := range ops {
 		if _, err := fmt.Sscanf(o.Path, "/spec/containers/%d/", &index); err != nil && o.Op != "add" {
@@ -58,7 +64,7 @@ func checkLaw(t *testing.T, pod []byte, ops []Op) []byte {
 		}
 	}
 	out := apply(t, pod, ops)
-	again, warnings, errs := Patch(out, testOptions)
+	again, warnings, errs := Patch(out, opts)
 	if len(errs) > 0 || len(again) > 0 || len(warnings) > 0 {
 		t.Errorf("the second pass is not empty: %v, %q, %v", again, warnings, errs)
 	}
@@ -81,6 +87,23 @@ func resolveTag(_ context.Context, image string) (string, error) {
 	return image + "@sha256:" + strings.Repeat("cd", 32), nil
 }
 
+// caseOptions are testOptions with what testdata/<case>/options.yaml says.
+func caseOptions(t testing.TB, dir string) Options {
+	t.Helper()
+	opts := testOptions
+	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return opts
+	}
+	if err == nil {
+		err = yaml.UnmarshalStrict(data, &opts)
+	}
+	if err := errors.Join(err, opts.Check()); err != nil {
+		t.Fatal(err)
+	}
+	return opts
+}
+
 // TestGolden runs each testdata/<case>/input.yaml, a pod, through a first pass. A pod that is denied has
 // its reasons in denied.txt, the others their warnings and the whole pod in want.yaml.
 func TestGolden(t *testing.T) {
@@ -91,8 +114,8 @@ func TestGolden(t *testing.T) {
 	for _, input := range inputs {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
-			pod := readPod(t, input)
-			ops, warnings, errs := PatchTagged(t.Context(), pod, testOptions, resolveTag)
+			pod, opts := readPod(t, input), caseOptions(t, dir)
+			ops, warnings, errs := PatchTagged(t.Context(), pod, opts, resolveTag)
 			if len(errs) > 0 {
 				golden(t, dir, "denied.txt", "want.yaml", sentences(errs))
 				return
@@ -102,7 +125,7 @@ func TestGolden(t *testing.T) {
 					t.Errorf("warning of %d bytes: %s", len(w), w)
 				}
 			}
-			out, err := yaml.JSONToYAML(checkLaw(t, pod, ops))
+			out, err := yaml.JSONToYAML(checkLawOf(t, opts, pod, ops))
 			if err != nil {
 				t.Fatal(err)
 			}

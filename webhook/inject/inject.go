@@ -8,17 +8,26 @@
 package inject
 
 import (
+	"cmp"
+	"fmt"
+	"math"
+	"strconv"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
-// DriverProcess runs the enclave as processes in namespaces of its own: for development and tests.
-const DriverProcess = "process"
+// Drivers, by which enclaves are launched.
+const (
+	// DriverProcess runs the enclave as processes in namespaces of its own: for development and tests.
+	DriverProcess = "process"
+	// DriverNitro launches AWS Nitro enclaves. Only the shape of its pods is known here.
+	DriverNitro = "nitro"
+)
 
-// Options is what an installation chooses, never a pod.
+// Options is what an installation and the pod's namespace choose, never a pod.
 type Options struct {
-	// Driver is DriverProcess.
+	// Driver is DriverProcess or DriverNitro.
 	Driver string
 	// InitbootImage is the image of cloister-initboot and of the console.
 	InitbootImage string
@@ -26,6 +35,48 @@ type Options struct {
 	SidecarImage string
 	// PlainHTTP lists the registries, HOST or HOST:PORT, from which initboot may fetch without TLS.
 	PlainHTTP []string
+
+	// HugePages is the size of the pages that nodes keep for enclaves: 2Mi or 1Gi. Driver nitro only, like
+	// the next two.
+	HugePages string
+	// EnclaveCPUs says that the device plugin offers the vCPUs of the nodes' enclave pools.
+	EnclaveCPUs bool
+	// DeviceGroup is a gid that may open /dev/nitro_enclaves; 0 means that root alone may.
+	DeviceGroup int64
+
+	// Enforced is the level that Pod Security enforces in the pod's namespace: privileged, baseline or
+	// restricted. It is empty when that is not known.
+	Enforced string
+}
+
+// Read takes ENCLAVE_CPUS and DEVICE_GROUP as an installation's environment has them, empty for none, and checks
+// the whole.
+func (o *Options) Read(enclaveCPUs, deviceGroup string) (err error) {
+	if o.EnclaveCPUs, err = strconv.ParseBool(cmp.Or(enclaveCPUs, "false")); err != nil {
+		return fmt.Errorf("ENCLAVE_CPUS is %q: set it to true or false", enclaveCPUs)
+	}
+	if o.DeviceGroup, err = strconv.ParseInt(cmp.Or(deviceGroup, "0"), 10, 64); err != nil {
+		return fmt.Errorf("DEVICE_GROUP is %q: set it to the number of the group", deviceGroup)
+	}
+	return o.Check()
+}
+
+// Check says in a sentence what an installation must choose otherwise.
+func (o Options) Check() error {
+	switch o.Driver {
+	case DriverProcess:
+		return nil
+	case DriverNitro:
+	default:
+		return fmt.Errorf("there is no driver %q: set DRIVER to %s or %s", o.Driver, DriverProcess, DriverNitro)
+	}
+	if hugePages[o.HugePages] == 0 {
+		return fmt.Errorf("there are no huge pages of %q: set HUGEPAGES to 2Mi or 1Gi", o.HugePages)
+	}
+	if o.DeviceGroup < 0 || o.DeviceGroup > math.MaxInt32 {
+		return fmt.Errorf("DEVICE_GROUP is %d: set it to the gid that may open /dev/nitro_enclaves, or to 0", o.DeviceGroup)
+	}
+	return nil
 }
 
 // Names of the containers that are added, in this order, before the pod's own init containers.

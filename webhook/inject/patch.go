@@ -73,13 +73,18 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 	if err := decode(pod, &raw); err != nil {
 		return nil, nil, undecodable(err)
 	}
-	d, errs := decide(meta, spec)
+	d, errs := decide(meta, spec, opts)
 	errs = append(errs, unknownVolumes(spec, raw.Spec.Volumes, meta.Annotations[annotation.Enclave])...)
 	for i, c := range spec.Containers {
 		if c.Name == meta.Annotations[annotation.Enclave] {
 			errs = append(errs, unknownActions(raw.Spec.Containers[i], specPath.Child("containers").Index(i))...)
 		}
 	}
+	asRoot := false
+	if d != nil {
+		asRoot = rootConsole(spec, &spec.Containers[d.index], d.manifest)
+	}
+	errs = append(errs, checkLevel(opts, asRoot)...)
 	if len(errs) > 0 {
 		return nil, nil, errs
 	}
@@ -99,13 +104,9 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 		ops = append(ops, sysctlOp(spec))
 	}
 	ops = append(ops, console...)
-	warnings = append([]string{driverWarning}, d.warnings...)
+	warnings = append(levelWarnings(opts, asRoot), d.warnings...)
 	return ops, warnings, nil
 }
-
-// driverWarning also names what the API server asks of the namespace: Pod Security refuses the pod
-// elsewhere, and the webhook does not know the namespace's labels.
-const driverWarning = "driver process: development only, not an isolation boundary; the namespace must be Pod Security privileged"
 
 func undecodable(err error) field.ErrorList {
 	return field.ErrorList{field.Invalid(field.NewPath("pod"), field.OmitValueType{}, fmt.Sprintf("it cannot be decoded: %v", err))}
@@ -137,11 +138,11 @@ func volumeOps(spec *corev1.PodSpec) []Op {
 }
 
 func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
-	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory)
+	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory, d.cpus)
 	if pullSecrets(spec) != nil {
 		boot.VolumeMounts = append(boot.VolumeMounts, mountPullSecrets)
 	}
-	boot.Resources = bootResources(spec, d)
+	boot.Resources = bootResources(spec, d, opts)
 	side := sidecar(opts, d.manifest)
 	if d.manifest.KMS != nil {
 		addIdentity(&side, &spec.Containers[d.index])

@@ -16,8 +16,8 @@ func podResources(spec *corev1.PodSpec) bool {
 
 // checkPodResources refuses requests of the whole pod that are less than those of its containers with
 // ours: the API server would refuse them too, in words that nobody could make sense of.
-func (p *problems) checkPodResources(spec *corev1.PodSpec, d *decision) {
-	if !podResources(spec) {
+func (p *problems) checkPodResources(spec *corev1.PodSpec, d *decision, opts Options) {
+	if !podResources(spec) || opts.Driver == "" {
 		return
 	}
 	for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
@@ -29,7 +29,7 @@ func (p *problems) checkPodResources(spec *corev1.PodSpec, d *decision) {
 		if !ok {
 			continue
 		}
-		if need := totalRequest(spec, d, name); have.Cmp(need) < 0 {
+		if need := totalRequest(spec, d, opts, name); have.Cmp(need) < 0 {
 			p.list = append(p.list, field.Invalid(at.Key(string(name)), have.String(), fmt.Sprintf(
 				"with the enclave the containers of this pod request %s: set at least that, or give the enclave less", need.String())))
 		}
@@ -38,8 +38,8 @@ func (p *problems) checkPodResources(spec *corev1.PodSpec, d *decision) {
 
 // totalRequest returns what all containers of the pod will request together: init containers run one after
 // another, beside the native sidecars before them.
-func totalRequest(spec *corev1.PodSpec, d *decision, name corev1.ResourceName) resource.Quantity {
-	boot := bootResources(spec, d)
+func totalRequest(spec *corev1.PodSpec, d *decision, opts Options, name corev1.ResourceName) resource.Quantity {
+	boot := bootResources(spec, d, opts)
 	// In the order of the pod: ours come first.
 	sidecars := boot.Requests[name].DeepCopy()
 	sidecars.Add(sidecarResources(spec).Requests[name])

@@ -25,6 +25,7 @@ const (
 	SecurityRefused    Reason = "SecurityRefused"
 	ResourcesRefused   Reason = "ResourcesRefused"
 	ContainerRefused   Reason = "ContainerRefused"
+	LevelRefused       Reason = "LevelRefused"
 	PodRefused         Reason = "PodRefused"
 )
 
@@ -46,6 +47,7 @@ var reasons = []struct {
 	{SecurityRefused, regexp.MustCompile(`\.securityContext(\.|$)`), "The security context asks for what an enclave cannot have."},
 	{ResourcesRefused, regexp.MustCompile(`\.resources(\.|$)`), "The resources cannot be those of an enclave."},
 	{ContainerRefused, regexp.MustCompile(`^spec\.(initContainers|containers)`), "A container cannot be as it is in a pod with an enclave."},
+	{LevelRefused, regexp.MustCompile(`^metadata\.namespace$`), "The namespace enforces a stricter Pod Security level than what is injected passes."},
 	{PodRefused, regexp.MustCompile(`^`), "The pod asks for what a pod with an enclave cannot have."},
 }
 

@@ -29,6 +29,7 @@ func TestReasonOf(t *testing.T) {
 		"spec.securityContext.sysctls[0]":                  SecurityRefused,
 		"spec.resources":                                   ResourcesRefused,
 		"spec.containers[0].name":                          ContainerRefused,
+		"metadata.namespace":                               LevelRefused,
 		"spec.hostNetwork":                                 PodRefused,
 		"spec.nodeSelector[kubernetes.io/os]":              PodRefused,
 	} {
@@ -47,7 +48,8 @@ func TestReasonsAreUsed(t *testing.T) {
 	}
 	var seen []Reason
 	for _, name := range inputs {
-		_, _, errs := Patch(readPod(t, filepath.Join(filepath.Dir(name), "input.yaml")), testOptions)
+		dir := filepath.Dir(name)
+		_, _, errs := Patch(readPod(t, filepath.Join(dir, "input.yaml")), caseOptions(t, dir))
 		for _, e := range errs {
 			r, _ := ReasonOf(e)
 			seen = append(seen, r)

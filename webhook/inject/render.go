@@ -77,13 +77,13 @@ func escape(value string) string { return strings.ReplaceAll(value, "$", "$$") }
 func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$") }
 
 // initboot renders the first native sidecar, without resources.
-func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory int64) corev1.Container {
-	always, no, yes, root := corev1.ContainerRestartPolicyAlways, false, true, int64(0)
+func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory, cpus int64) corev1.Container {
+	always := corev1.ContainerRestartPolicyAlways
 	command := []string{"/initboot", "serve", "--driver=" + opts.Driver}
 	if len(opts.PlainHTTP) > 0 {
 		command = append(command, "--plain-http-registries="+strings.Join(opts.PlainHTTP, ","))
 	}
-	return corev1.Container{
+	c := corev1.Container{
 		Name:    Initboot,
 		Image:   opts.InitbootImage,
 		Command: command,
@@ -96,14 +96,26 @@ func initboot(opts Options, m *workload.Manifest, canonical []byte, image string
 		RestartPolicy:   &always,
 		StartupProbe:    execProbe("/initboot", "probe", "boot"),
 		VolumeMounts:    []corev1.VolumeMount{mountRun, mountCache, mountNoToken},
+	}
+	if opts.Driver == DriverNitro {
+		c.Env = append(c.Env, nitroEnv(cpus))
+		c.SecurityContext = nitroSecurity(opts)
+	} else {
+		c.SecurityContext = processSecurity()
+	}
+	return c
+}
+
+// processSecurity is the security context of an initboot that makes the enclave of namespaces.
+func processSecurity() *corev1.SecurityContext {
+	no, yes, root := false, true, int64(0)
+	return &corev1.SecurityContext{
 		// The uid is explicit: the pod may demand runAsNonRoot for its other containers.
-		SecurityContext: &corev1.SecurityContext{
-			RunAsUser: &root, RunAsGroup: &root, RunAsNonRoot: &no,
-			ReadOnlyRootFilesystem: &yes,
-			Capabilities:           &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: processCapabilities},
-			SeccompProfile:         &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined},
-			AppArmorProfile:        &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeUnconfined},
-		},
+		RunAsUser: &root, RunAsGroup: &root, RunAsNonRoot: &no,
+		ReadOnlyRootFilesystem: &yes,
+		Capabilities:           &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: processCapabilities},
+		SeccompProfile:         &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined},
+		AppArmorProfile:        &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeUnconfined},
 	}
 }
 
@@ -132,6 +144,10 @@ func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 	if m.KMS != nil {
 		env = append(env, corev1.EnvVar{Name: podenv.EnvAWSRegion, Value: m.KMS.Region})
 	}
+	security := confined()
+	if opts.Driver == DriverNitro {
+		security.SeccompProfile = vsockProfile()
+	}
 	return corev1.Container{
 		Name:            Sidecar,
 		Image:           opts.SidecarImage,
@@ -146,7 +162,7 @@ func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 			PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 1, SuccessThreshold: 1,
 		},
 		VolumeMounts:    []corev1.VolumeMount{mountRun, mountTmp, mountPodinfo, mountNoToken},
-		SecurityContext: confined(),
+		SecurityContext: security,
 	}
 }
 
@@ -323,7 +339,10 @@ func resources(cpu resource.Quantity, memory int64, limitCPU bool) corev1.Resour
 }
 
 // bootResources, sidecarResources and consoleResources are those of our containers.
-func bootResources(spec *corev1.PodSpec, d *decision) corev1.ResourceRequirements {
+func bootResources(spec *corev1.PodSpec, d *decision, opts Options) corev1.ResourceRequirements {
+	if opts.Driver == DriverNitro {
+		return nitroResources(spec, d, opts)
+	}
 	return resources(enclaveCPU(d, &spec.Containers[d.index]), d.memory+overhead, guaranteed(spec))
 }
 
