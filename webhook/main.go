@@ -31,7 +31,6 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
-	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
 	"cloister.dev/cloister/internal/certs"
 	"cloister.dev/cloister/internal/registry"
@@ -209,8 +208,8 @@ func leaving(draining *atomic.Bool, next http.Handler) http.Handler {
 
 func admitMux(h, self *admit.Handler) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("POST "+admitPath, &admission.Webhook{Handler: h})
-	mux.Handle("POST "+selfPath, &admission.Webhook{Handler: self})
+	mux.Handle("POST "+admitPath, h.HTTP())
+	mux.Handle("POST "+selfPath, self.HTTP())
 	return mux
 }
 

@@ -7,8 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-
-	"github.com/gowebpki/jcs"
+	"reflect"
 )
 
 // APIVersion is the only value of Manifest.APIVersion that this version of the package accepts.
@@ -166,15 +165,9 @@ func (m *Manifest) Canonical() ([]byte, error) {
 }
 
 func (m *Manifest) canonical() ([]byte, error) {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(m); err != nil {
-		return nil, fmt.Errorf("encode workload manifest: %w", err)
-	}
-	c, err := jcs.Transform(b.Bytes())
+	c, err := appendCanonical(make([]byte, 0, 1<<10), reflect.ValueOf(m))
 	if err != nil {
-		return nil, fmt.Errorf("canonicalize workload manifest: %w", err)
+		return nil, fmt.Errorf("encode workload manifest: %w", err)
 	}
 	if len(c) > MaxManifestSize {
 		return nil, fmt.Errorf("the workload manifest has %d bytes, more than the %d that fit into one environment variable: shorten args, env or probes", len(c), MaxManifestSize)

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
 	admissionv1 "k8s.io/api/admission/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -66,6 +67,12 @@ func New(options inject.Options, resolve inject.Resolver, events *Events, log *s
 	return h
 }
 
+// HTTP serves admission reviews. What is logged about a pod is logged once, in Handle, so the logger of
+// controller-runtime, which costs more than the decision, gets no values.
+func (h *Handler) HTTP() http.Handler {
+	return &admission.Webhook{Handler: h, LogConstructor: func(base logr.Logger, _ *admission.Request) logr.Logger { return base }}
+}
+
 // Handle decides about one pod. A denial has code 403, reason Invalid, all sentences in its message, and
 // each as a cause of its own.
 func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.Response {
@@ -76,8 +83,6 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 	}
 	ops, warnings, errs := inject.PatchTagged(ctx, req.Object.Raw, options, h.resolve)
 	h.seconds.Observe(time.Since(start).Seconds())
-	// The pod's own namespace is empty when it comes from a template.
-	log := h.log.With("namespace", req.Namespace, "pod", req.Name, "uid", string(req.UID), "dryRun", req.DryRun != nil && *req.DryRun)
 
 	if len(errs) > 0 {
 		reason, _ := inject.ReasonOf(errs[0])
@@ -88,7 +93,7 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 		for i, e := range errs {
 			fields[i] = e.Field
 		}
-		log.Info("pod denied", "reason", reason, "fields", fields)
+		h.logPod(ctx, &req, "pod denied", slog.String("reason", string(reason)), slog.Any("fields", fields))
 		return denied(req, reason, errs)
 	}
 	if len(ops) == 0 {
@@ -100,7 +105,7 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 		return admission.Errored(http.StatusInternalServerError, err)
 	}
 	h.injections.WithLabelValues(resultInjected, "").Inc()
-	log.Info("pod injected", "operations", len(ops))
+	h.logPod(ctx, &req, "pod injected", slog.Int("operations", len(ops)))
 	patchType := admissionv1.PatchTypeJSONPatch
 	r := audited(admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{
 		Allowed: true, Patch: patch, PatchType: &patchType, Warnings: warnings,
@@ -111,6 +116,14 @@ func (h *Handler) Handle(ctx context.Context, req admission.Request) admission.R
 		}
 	}
 	return r
+}
+
+// logPod logs about a pod, whose own namespace is empty when it comes from a template.
+func (h *Handler) logPod(ctx context.Context, req *admission.Request, message string, attrs ...slog.Attr) {
+	h.log.LogAttrs(ctx, slog.LevelInfo, message, append([]slog.Attr{
+		slog.String("namespace", req.Namespace), slog.String("pod", req.Name), slog.String("uid", string(req.UID)),
+		slog.Bool("dryRun", req.DryRun != nil && *req.DryRun),
+	}, attrs...)...)
 }
 
 // audited adds what the API server writes to its audit log, under the name of the webhook.

@@ -15,7 +15,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	admissionv1 "k8s.io/api/admission/v1"
-	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 	"sigs.k8s.io/yaml"
 
 	"cloister.dev/cloister/webhook/inject"
@@ -35,7 +34,7 @@ func send(t testing.TB, h *Handler, pod []byte, dryRun bool) *admissionv1.Admiss
 	req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/inject", bytes.NewReader(body))
 	req.Header.Set("Content-Type", "application/json")
 	w := httptest.NewRecorder()
-	(&admission.Webhook{Handler: h}).ServeHTTP(w, req)
+	h.HTTP().ServeHTTP(w, req)
 	var out admissionv1.AdmissionReview
 	if err := json.Unmarshal(w.Body.Bytes(), &out); err != nil {
 		t.Fatalf("status %d: %v\n%s", w.Code, err, w.Body)

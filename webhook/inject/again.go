@@ -27,7 +27,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	p.list = errs
 	p.checkPod(spec)
 
-	inits := specPath.Child("initContainers")
+	inits := initContainersPath
 	boot, side := one(spec.InitContainers, Initboot), one(spec.InitContainers, Sidecar)
 	if boot < 0 || side < 0 || boot > side {
 		p.forbid(inits, fmt.Sprintf("the pod carries a part of what is injected: there must be %s once and then %s once, or neither", Initboot, Sidecar))
@@ -57,7 +57,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, pluginImages, memory, cpus))
 	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
 
-	c, cp := &spec.Containers[index], specPath.Child("containers").Index(index)
+	c, cp := &spec.Containers[index], containersPath.Index(index)
 	console := corev1.Container{
 		Image: opts.InitbootImage, Command: consoleCommand(spec, c), Env: consoleMounts(m), VolumeMounts: append([]corev1.VolumeMount{mountRun}, noToken(m)...),
 	}
@@ -183,7 +183,7 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 // compareVolumes reports volumes of ours that are missing or different, and containers of others that
 // mount them.
 func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Container) {
-	for _, want := range volumes() {
+	for _, want := range volumes {
 		have := volume(spec, want.Name)
 		if have == nil {
 			p.forbid(specPath.Child("volumes"), fmt.Sprintf("volume %s, which was injected, is gone", want.Name))
@@ -201,7 +201,7 @@ func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Containe
 				}
 			}
 		}
-		if !reflect.DeepEqual(*got, want) {
+		if !reflect.DeepEqual(got, want) {
 			p.forbid(specPath.Child("volumes"), fmt.Sprintf("volume %s is not what is injected", want.Name))
 		}
 	}

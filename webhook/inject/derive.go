@@ -2,6 +2,7 @@ package inject
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"path"
 	"regexp"
@@ -40,16 +41,13 @@ type decision struct {
 // server completed it: defaults and what the cluster adds (the service account token, cloud identity,
 // resources) leave no trace in the manifest. Warnings say what the host can read and change.
 func Derive(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (m *workload.Manifest, image string, warnings []string, errs field.ErrorList) {
-	d, errs := decide(meta, spec, Options{})
-	if len(errs) > 0 {
-		return nil, "", nil, errs
-	}
-	return d.manifest, d.image, d.warnings, nil
+	return DeriveTagged(context.Background(), meta, spec, nil)
 }
 
 // decide reads a pod that has not been injected. The manifest does not depend on opts; resources that do are
-// not looked at without a driver.
-func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) (*decision, field.ErrorList) {
+// not looked at without a driver. Resolve, if it is not nil, is asked for the digest of a tag; nothing else
+// here is more than a function of the pod.
+func decide(ctx context.Context, meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options, resolve Resolver) (*decision, field.ErrorList) {
 	p := &problems{}
 	values, errs := annotation.Read(meta.Annotations, annotationsPath)
 	p.list = errs
@@ -64,7 +62,7 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) (*decis
 		return nil, p.list
 	}
 	c := &spec.Containers[d.index]
-	cp := specPath.Child("containers").Index(d.index)
+	cp := containersPath.Index(d.index)
 	if v, ok := meta.Annotations["container.apparmor.security.beta.kubernetes.io/"+c.Name]; ok && v != "runtime/default" {
 		p.forbid(annotationsPath.Key("container.apparmor.security.beta.kubernetes.io/"+c.Name), "a profile of the host's kernel does not reach into an enclave: remove it")
 	}
@@ -75,8 +73,8 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) (*decis
 		Args:       c.Args,
 		WorkingDir: c.WorkingDir,
 	}
-	d.manifest, d.image = m, c.Image
-	m.Image.Digest = p.digest(cp.Child("image"), c.Image, d.config.Pin == config.PinNever)
+	d.manifest = m
+	d.image, m.Image.Digest = p.digest(ctx, cp.Child("image"), c.Image, d.config.Pin == config.PinNever, resolve)
 	if arch, ok := spec.NodeSelector[corev1.LabelArchStable]; ok && "linux/"+arch != workload.DefaultPlatform {
 		m.Image.Platform = "linux/" + arch
 	}
@@ -103,6 +101,9 @@ func decide(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) (*decis
 		if c.Resources.Limits.Memory().IsZero() {
 			d.warnings = append(d.warnings, fmt.Sprintf("container %s has no memory limit and %s no memory: its enclave gets 512Mi", shorten(c.Name), annotation.Config))
 		}
+	}
+	if d.image != c.Image {
+		d.warnings = append(d.warnings, tagWarning(c.Name, d.image))
 	}
 	if opts.Driver == DriverNitro {
 		d.cpus = p.nitroCPUs(cp, c, d)

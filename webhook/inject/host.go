@@ -35,13 +35,16 @@ import (
 // env fills in what the manifest says of variables.
 func (p *problems) env(cp *field.Path, c *corev1.Container, cfg *config.EnclaveConfig, m *workload.Manifest) {
 	m.HostEnv = cfg.HostEnv
+	if len(c.Env) > 0 {
+		m.Env = make([]workload.EnvVar, 0, len(c.Env))
+	}
 	for i, e := range c.Env {
-		at := cp.Child("env").Index(i)
 		switch {
 		case !isWorkloads(e, cfg):
 		case e.ValueFrom == nil:
 			m.Env = append(m.Env, workload.EnvVar{Name: e.Name, Value: e.Value})
 		default:
+			at := cp.Child("env").Index(i)
 			p.valueFrom(at.Child("valueFrom"), e.ValueFrom)
 			if err := m.CheckHostEnv(e.Name); err != nil {
 				p.forbid(at, err.Error())
@@ -146,21 +149,28 @@ func resourceField(name string, c *corev1.Container, cfg *config.EnclaveConfig, 
 
 // consoleEnv is the environment of the console: what the cloud's identity webhook added, and under names of
 // ours what the kubelet is to resolve for the workload. Fields that this version does not know survive.
-func consoleEnv(c *corev1.Container, raw, rawFrom []json.RawMessage, d *decision) (env, from []any, err error) {
+func consoleEnv(c *corev1.Container, raw *container, d *decision) (env, from []any, err error) {
+	variable, source := entries(raw.Env), entries(raw.EnvFrom)
 	for i, e := range c.Env {
-		switch {
-		case cloudEnv(e.Name):
-			env = append(env, raw[i])
-		case e.ValueFrom == nil || !isWorkloads(e, d.config):
-		default:
-			var v map[string]any
-			if err := decode(raw[i], &v); err != nil {
+		cloud := cloudEnv(e.Name)
+		if !cloud && (e.ValueFrom == nil || !isWorkloads(e, d.config)) {
+			continue
+		}
+		text, err := variable(i)
+		if err != nil {
+			return nil, nil, err
+		}
+		if cloud {
+			env = append(env, text)
+		} else {
+			var v map[string]json.RawMessage
+			if err := decode(text, &v); err != nil {
 				return nil, nil, err
 			}
-			v["name"] = podenv.EnvValue + e.Name
+			v["name"] = jsonText(podenv.EnvValue + e.Name)
 			if value, ok := d.resourceFields[i]; ok {
 				delete(v, "valueFrom")
-				v["value"] = value
+				v["value"] = jsonText(value)
 			}
 			env = append(env, v)
 		}
@@ -169,11 +179,15 @@ func consoleEnv(c *corev1.Container, raw, rawFrom []json.RawMessage, d *decision
 		env = append(env, e)
 	}
 	for i, e := range c.EnvFrom {
-		var v map[string]any
-		if err := decode(rawFrom[i], &v); err != nil {
+		text, err := source(i)
+		if err != nil {
 			return nil, nil, err
 		}
-		v["prefix"] = podenv.EnvFrom + e.Prefix
+		var v map[string]json.RawMessage
+		if err := decode(text, &v); err != nil {
+			return nil, nil, err
+		}
+		v["prefix"] = jsonText(podenv.EnvFrom + e.Prefix)
 		from = append(from, v)
 	}
 	return env, from, nil
@@ -290,7 +304,7 @@ func consoleMounts(m *workload.Manifest) []corev1.EnvVar {
 	if len(paths) == 0 {
 		return nil
 	}
-	return []corev1.EnvVar{{Name: podenv.EnvMounts, Value: escape(jsonText(paths))}}
+	return []corev1.EnvVar{{Name: podenv.EnvMounts, Value: escape(string(jsonText(paths)))}}
 }
 
 // noToken are the mounts that keep the API server from mounting a token into the console.

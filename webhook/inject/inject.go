@@ -95,8 +95,10 @@ func isReserved(name string) bool { return strings.HasPrefix(name, reserved) }
 
 // Roots of the paths in errors.
 var (
-	specPath        = field.NewPath("spec")
-	annotationsPath = field.NewPath("metadata", "annotations")
+	specPath           = field.NewPath("spec")
+	initContainersPath = specPath.Child("initContainers")
+	containersPath     = specPath.Child("containers")
+	annotationsPath    = field.NewPath("metadata", "annotations")
 )
 
 // Op is one operation of a JSON patch (RFC 6902).

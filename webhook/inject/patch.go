@@ -1,83 +1,62 @@
 package inject
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	utiljson "k8s.io/apimachinery/pkg/util/json"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/webhook/annotation"
 )
 
-// decode reads JSON as the API server does: field names are case-sensitive.
-func decode(data []byte, into any) error { return utiljson.Unmarshal(data, into) }
-
-// named is what has a name.
-type named struct {
-	Name string `json:"name"`
-}
-
 // Patch decides about one pod, as JSON without duplicate keys. It returns no operations for a pod without
 // annotations under our prefix that was not injected either, and for one that is injected already; the
 // operations that inject it; or every reason why it is denied. Warnings are for the author of the pod.
 // Fields that this version's k8s.io/api does not know survive.
 func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.ErrorList) {
-	var head struct {
-		Metadata struct {
-			Annotations map[string]string `json:"annotations"`
-		} `json:"metadata"`
-		Spec struct {
-			InitContainers []struct {
-				Name string  `json:"name"`
-				Env  []named `json:"env"`
-			} `json:"initContainers"`
-		} `json:"spec"`
+	return PatchTagged(context.Background(), pod, opts, nil)
+}
+
+// PatchTagged is Patch for a pod whose container in the enclave may be named by tag: resolve, if it is not
+// nil, is asked for the digest first, and the decision is that about the pod with the digest.
+func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver) (ops []Op, warnings []string, errs field.ErrorList) {
+	if bytes.HasPrefix(pod, []byte("{")) && !mentionsUs(pod) {
+		return nil, nil, nil
 	}
-	if err := decode(pod, &head); err != nil {
+	meta, spec, raw, unknown, err := decodePod(pod)
+	if err != nil {
 		return nil, nil, undecodable(err)
 	}
-	if !annotation.Any(head.Metadata.Annotations) {
-		for _, c := range head.Spec.InitContainers {
-			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e named) bool { return e.Name == podenv.EnvManifest }) {
+	if !annotation.Any(meta.Annotations) {
+		for _, c := range spec.InitContainers {
+			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == podenv.EnvManifest }) {
 				// Another webhook took them away. It could have taken the console too.
 				return nil, nil, field.ErrorList{field.Required(annotationsPath.Key(annotation.Enclave), "the pod was injected and its annotations are gone")}
 			}
 		}
 		return nil, nil, nil
 	}
-	var typed struct {
-		Metadata metav1.ObjectMeta `json:"metadata"`
-		Spec     corev1.PodSpec    `json:"spec"`
-	}
-	if err := decode(pod, &typed); err != nil {
-		return nil, nil, undecodable(err)
-	}
-	meta, spec := &typed.Metadata, &typed.Spec
 	if injected(spec) {
 		ops, errs := again(meta, spec, opts)
 		return ops, nil, errs
 	}
 
-	var raw struct {
-		Spec struct {
-			Volumes    []map[string]json.RawMessage `json:"volumes"`
-			Containers []json.RawMessage            `json:"containers"`
-		} `json:"spec"`
-	}
-	if err := decode(pod, &raw); err != nil {
-		return nil, nil, undecodable(err)
-	}
-	d, errs := decide(meta, spec, opts)
-	errs = append(errs, unknownVolumes(spec, raw.Spec.Volumes, meta.Annotations[annotation.Enclave])...)
-	for i, c := range spec.Containers {
-		if c.Name == meta.Annotations[annotation.Enclave] {
-			errs = append(errs, unknownActions(raw.Spec.Containers[i], specPath.Child("containers").Index(i))...)
+	d, errs := decide(ctx, meta, spec, opts, resolve)
+	var console container
+	if name := meta.Annotations[annotation.Enclave]; name != "" {
+		i := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
+		if i >= 0 {
+			if err := decode(raw[i], &console); err != nil {
+				return nil, nil, undecodable(err)
+			}
+			errs = append(errs, unknownVolumes(pod, spec, i)...)
+			errs = append(errs, unknownActions(unknown[i], containersPath.Index(i))...)
 		}
 	}
 	asRoot := false
@@ -92,20 +71,19 @@ func Patch(pod []byte, opts Options) (ops []Op, warnings []string, errs field.Er
 	if v, ok := meta.Annotations[annotation.Measurements]; ok && v != measured {
 		return nil, nil, field.ErrorList{field.Forbidden(annotationsPath.Key(annotation.Measurements), "it is written by the webhook and is not what this pod measures to: remove it")}
 	}
-	console, err := consoleOps(raw.Spec.Containers[d.index], spec, d, opts)
-	if err != nil {
-		return nil, nil, undecodable(err)
-	}
 
+	ops = make([]Op, 0, 32)
 	ops = append(ops, add(MeasurementsPath, measured))
-	ops = append(ops, volumeOps(spec)...)
-	ops = append(ops, initOps(spec, d, opts)...)
+	ops = volumeOps(ops, spec)
+	ops = initOps(ops, spec, d, opts)
 	if lowestPort(d.manifest) < 1024 && !hasPortStart(spec) {
 		ops = append(ops, sysctlOp(spec))
 	}
-	ops = append(ops, console...)
-	warnings = append(levelWarnings(opts, asRoot), d.warnings...)
-	return ops, warnings, nil
+	ops, err = consoleOps(ops, &console, spec, d, opts)
+	if err != nil {
+		return nil, nil, undecodable(err)
+	}
+	return ops, append(levelWarnings(opts, asRoot), d.warnings...), nil
 }
 
 func undecodable(err error) field.ErrorList {
@@ -115,29 +93,23 @@ func undecodable(err error) field.ErrorList {
 func add(path string, value any) Op { return Op{Op: "add", Path: path, Value: value} }
 
 // MeasurementsPath is where a patch writes what the pod measures to.
-var MeasurementsPath = "/metadata/annotations/" + pointer(annotation.Measurements)
+var MeasurementsPath = "/metadata/annotations/" + strings.ReplaceAll(annotation.Measurements, "/", "~1")
 
-// pointer escapes one segment of a JSON pointer (RFC 6901).
-func pointer(segment string) string {
-	return strings.NewReplacer("~", "~0", "/", "~1").Replace(segment)
-}
-
-func volumeOps(spec *corev1.PodSpec) []Op {
-	ours := volumes()
+func volumeOps(ops []Op, spec *corev1.PodSpec) []Op {
+	ours := volumes
 	if v := pullSecrets(spec); v != nil {
-		ours = append(ours, *v)
+		ours = append(slices.Clone(ours), v)
 	}
 	if len(spec.Volumes) == 0 {
-		return []Op{add("/spec/volumes", ours)}
+		return append(ops, add("/spec/volumes", ours))
 	}
-	ops := make([]Op, len(ours))
-	for i, v := range ours {
-		ops[i] = add("/spec/volumes/-", v)
+	for _, v := range ours {
+		ops = append(ops, add("/spec/volumes/-", v))
 	}
 	return ops
 }
 
-func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
+func initOps(ops []Op, spec *corev1.PodSpec, d *decision, opts Options) []Op {
 	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory, d.cpus)
 	if pullSecrets(spec) != nil {
 		boot.VolumeMounts = append(boot.VolumeMounts, mountPullSecrets)
@@ -149,9 +121,9 @@ func initOps(spec *corev1.PodSpec, d *decision, opts Options) []Op {
 	}
 	side.Resources = sidecarResources(spec)
 	if len(spec.InitContainers) == 0 {
-		return []Op{add("/spec/initContainers", []corev1.Container{boot, side})}
+		return append(ops, add("/spec/initContainers", []*corev1.Container{&boot, &side}))
 	}
-	return []Op{add("/spec/initContainers/0", boot), add("/spec/initContainers/1", side)}
+	return append(ops, add("/spec/initContainers/0", &boot), add("/spec/initContainers/1", &side))
 }
 
 func sysctlOp(spec *corev1.PodSpec) Op {
@@ -166,88 +138,79 @@ func sysctlOp(spec *corev1.PodSpec) Op {
 
 // consoleOps turns the named container into the console, field by field: what is not named here stays,
 // known to this version or not.
-func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Options) ([]Op, error) {
+func consoleOps(ops []Op, raw *container, spec *corev1.PodSpec, d *decision, opts Options) ([]Op, error) {
 	c := &spec.Containers[d.index]
-	var have map[string]json.RawMessage
-	var lists struct {
-		Env          []json.RawMessage `json:"env"`
-		EnvFrom      []json.RawMessage `json:"envFrom"`
-		VolumeMounts []json.RawMessage `json:"volumeMounts"`
-	}
-	if err := decode(raw, &have); err != nil {
-		return nil, err
-	}
-	if err := decode(raw, &lists); err != nil {
-		return nil, err
-	}
 	base := fmt.Sprintf("/spec/containers/%d/", d.index)
-	ops := []Op{
+	ops = append(ops,
 		add(base+"image", opts.InitbootImage),
 		add(base+"imagePullPolicy", corev1.PullIfNotPresent),
 		add(base+"command", consoleCommand(spec, c)),
-	}
-	remove := func(name string) {
-		if _, ok := have[name]; ok {
+	)
+	remove := func(name string, have json.RawMessage) {
+		if len(have) > 0 {
 			ops = append(ops, Op{Op: "remove", Path: base + name})
 		}
 	}
-	remove("args")
-	remove("workingDir")
-	remove("lifecycle") // it is the workload's
+	remove("args", raw.Args)
+	remove("workingDir", raw.WorkingDir)
+	remove("lifecycle", raw.Lifecycle) // it is the workload's
 	if t := c.TerminationMessagePath; t != "" && t != corev1.TerminationMessagePathDefault {
 		ops = append(ops, add(base+"terminationMessagePath", corev1.TerminationMessagePathDefault))
 	}
 
-	env, from, err := consoleEnv(c, lists.Env, lists.EnvFrom, d)
+	env, from, err := consoleEnv(c, raw, d)
 	if err != nil {
 		return nil, err
 	}
 	for _, l := range []struct {
 		name string
 		list []any
-	}{{"env", env}, {"envFrom", from}} {
+		have json.RawMessage
+	}{{"env", env, raw.Env}, {"envFrom", from, raw.EnvFrom}} {
 		if len(l.list) > 0 {
 			ops = append(ops, add(base+l.name, l.list))
 		} else {
-			remove(l.name)
+			remove(l.name, l.have)
 		}
 	}
 	mounts := []any{mountRun}
 	for _, m := range noToken(d.manifest) {
 		mounts = append(mounts, m)
 	}
+	mount := entries(raw.VolumeMounts)
 	for i := range c.VolumeMounts {
 		if m := &c.VolumeMounts[i]; cloudMount(m.MountPath) || isHostMount(d.manifest, m) {
-			mounts = append(mounts, lists.VolumeMounts[i])
+			as, err := mount(i)
+			if err != nil {
+				return nil, err
+			}
+			mounts = append(mounts, as)
 		}
 	}
 	ops = append(ops, add(base+"volumeMounts", mounts))
 
-	limits, err := merge(have["resources"], consoleResources(spec))
-	if err != nil {
-		return nil, err
-	}
+	ops = resourceOps(ops, base+"resources", raw.Resources, c.Resources, consoleResources(spec))
 	// The author's limits were the workload's. Only those of ephemeral storage stay, for the logs.
-	if l, ok := limits["limits"].(map[string]any); ok && !guaranteed(spec) {
-		delete(l, string(corev1.ResourceCPU))
+	if _, ok := c.Resources.Limits[corev1.ResourceCPU]; ok && !guaranteed(spec) {
+		ops = append(ops, Op{Op: "remove", Path: base + "resources/limits/cpu"})
 	}
-	context := confined()
+	security := confined()
 	if rootConsole(spec, c, d.manifest) {
-		root, no := int64(0), false
-		context.RunAsUser, context.RunAsGroup, context.RunAsNonRoot = &root, &root, &no
+		security.RunAsUser, security.RunAsGroup, security.RunAsNonRoot = &root, &root, &no
 	}
-	security, err := merge(have["securityContext"], context)
-	if err != nil {
-		return nil, err
+	if c.SecurityContext == nil {
+		ops = append(ops, add(base+"securityContext", security))
+	} else {
+		merged, err := merge(raw.SecurityContext, security)
+		if err != nil {
+			return nil, err
+		}
+		if capabilities, ok := merged["capabilities"].(map[string]any); ok {
+			delete(capabilities, "add")
+		}
+		ops = append(ops, add(base+"securityContext", merged))
 	}
-	if capabilities, ok := security["capabilities"].(map[string]any); ok {
-		delete(capabilities, "add")
-	}
-	ops = append(ops,
-		add(base+"resources", limits),
-		add(base+"securityContext", security),
-		add(base+"startupProbe", consoleStartup(c.StartupProbe)),
-	)
+	ops = append(ops, add(base+"startupProbe", consoleStartup(c.StartupProbe)))
 	if c.LivenessProbe != nil {
 		ops = append(ops, add(base+"livenessProbe", consoleProbe("liveness", c.LivenessProbe)))
 	}
@@ -257,22 +220,38 @@ func consoleOps(raw json.RawMessage, spec *corev1.PodSpec, d *decision, opts Opt
 	return ops, nil
 }
 
-// merge writes ours over a JSON object that may be absent: objects are merged, everything else replaced.
-func merge(raw json.RawMessage, ours any) (map[string]any, error) {
-	out := map[string]any{}
-	if len(raw) > 0 {
-		if err := decode(raw, &out); err != nil {
-			return nil, err
+// resourceOps writes ours over the resources of a container, amount by amount.
+func resourceOps(ops []Op, path string, raw json.RawMessage, have, ours corev1.ResourceRequirements) []Op {
+	if len(raw) == 0 || string(raw) == "null" {
+		return append(ops, add(path, ours))
+	}
+	for _, l := range []struct {
+		name       string
+		have, ours corev1.ResourceList
+	}{{"/limits", have.Limits, ours.Limits}, {"/requests", have.Requests, ours.Requests}} {
+		if l.have == nil {
+			ops = append(ops, add(path+l.name, l.ours))
+			continue
+		}
+		for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+			if q, ok := l.ours[name]; ok {
+				ops = append(ops, add(path+l.name+"/"+string(name), q))
+			}
 		}
 	}
-	if out == nil { // null
-		out = map[string]any{}
+	return ops
+}
+
+// merge writes ours over a JSON object: objects are merged, everything else replaced.
+func merge(raw json.RawMessage, ours any) (map[string]any, error) {
+	var out, over map[string]any
+	if err := decode(raw, &out); err != nil {
+		return nil, err
 	}
 	data, err := json.Marshal(ours)
 	if err != nil {
 		return nil, err
 	}
-	var over map[string]any
 	if err := decode(data, &over); err != nil {
 		return nil, err
 	}
@@ -292,20 +271,26 @@ func overlay(base, over map[string]any) {
 	}
 }
 
-// unknownVolumes refuses to mount a volume whose source this version does not know into the container
-// called name: without its source it would look like an emptyDir.
-func unknownVolumes(spec *corev1.PodSpec, raw []map[string]json.RawMessage, name string) field.ErrorList {
+// unknownVolumes refuses to mount a volume whose source this version does not know into spec.containers[index]:
+// without its source it would look like an emptyDir.
+func unknownVolumes(pod []byte, spec *corev1.PodSpec, index int) field.ErrorList {
 	p := &problems{}
-	for i, c := range spec.Containers {
-		if c.Name != name {
+	for j, m := range spec.Containers[index].VolumeMounts {
+		k := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
+		if k < 0 || spec.Volumes[k].VolumeSource != (corev1.VolumeSource{}) {
 			continue
 		}
-		for j, m := range c.VolumeMounts {
-			k := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
-			if k >= 0 && spec.Volumes[k].VolumeSource == (corev1.VolumeSource{}) && len(raw[k]) > 1 {
-				p.forbid(specPath.Child("containers").Index(i).Child("volumeMounts").Index(j),
-					fmt.Sprintf("volume %s is of a kind that this version does not know: only an emptyDir of its own can be mounted into an enclave", m.Name))
-			}
+		var raw struct {
+			Spec struct {
+				Volumes []map[string]json.RawMessage `json:"volumes"`
+			} `json:"spec"`
+		}
+		if err := decode(pod, &raw); err != nil {
+			return undecodable(err)
+		}
+		if len(raw.Spec.Volumes[k]) > 1 {
+			p.forbid(containersPath.Index(index).Child("volumeMounts").Index(j),
+				fmt.Sprintf("volume %s is of a kind that this version does not know: only an emptyDir of its own can be mounted into an enclave", m.Name))
 		}
 	}
 	return p.list

@@ -42,7 +42,7 @@ func pluginImagesEnv(images []string) []corev1.EnvVar {
 	if len(images) == 0 {
 		return nil
 	}
-	return []corev1.EnvVar{{Name: podenv.EnvPluginImages, Value: escape(jsonText(images))}}
+	return []corev1.EnvVar{{Name: podenv.EnvPluginImages, Value: escape(string(jsonText(images)))}}
 }
 
 // readPluginImages reads that back. Each must have the digest that the manifest has at its place.

@@ -122,9 +122,6 @@ type containerList struct {
 	containers []corev1.Container
 }
 
-func containerLists(spec *corev1.PodSpec) []containerList {
-	return []containerList{
-		{specPath.Child("initContainers"), spec.InitContainers},
-		{specPath.Child("containers"), spec.Containers},
-	}
+func containerLists(spec *corev1.PodSpec) [2]containerList {
+	return [2]containerList{{initContainersPath, spec.InitContainers}, {containersPath, spec.Containers}}
 }

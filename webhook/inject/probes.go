@@ -1,8 +1,7 @@
 package inject
 
 import (
-	"bytes"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -12,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	kjson "sigs.k8s.io/json"
 
 	"cloister.dev/cloister/workload"
 )
@@ -172,24 +172,16 @@ func (p *problems) terminationMessage(cp *field.Path, c *corev1.Container) strin
 
 // unknownActions refuses fields of the named container's probes and hooks that this version does not know:
 // the console's take their place, so they would be lost.
-func unknownActions(raw json.RawMessage, cp *field.Path) field.ErrorList {
-	var have map[string]json.RawMessage
-	if err := decode(raw, &have); err != nil {
-		return undecodable(err)
-	}
+func unknownActions(unknown []error, cp *field.Path) field.ErrorList {
 	p := &problems{}
-	for _, f := range []struct {
-		name string
-		into any
-	}{{"startupProbe", &corev1.Probe{}}, {"livenessProbe", &corev1.Probe{}}, {"readinessProbe", &corev1.Probe{}}, {"lifecycle", &corev1.Lifecycle{}}} {
-		text, ok := have[f.name]
-		if !ok {
+	for _, err := range unknown {
+		var at kjson.FieldError
+		if !errors.As(err, &at) {
 			continue
 		}
-		dec := json.NewDecoder(bytes.NewReader(text))
-		dec.DisallowUnknownFields()
-		if err := dec.Decode(f.into); err != nil {
-			p.forbid(cp.Child(f.name), fmt.Sprintf("this version does not know all of it (%v), so the enclave could not honour it: remove that", err))
+		switch name, _, _ := strings.Cut(at.FieldPath(), "."); name {
+		case "startupProbe", "livenessProbe", "readinessProbe", "lifecycle":
+			p.forbid(cp.Child(name), fmt.Sprintf("this version does not know all of it (%v), so the enclave could not honour it: remove that", err))
 		}
 	}
 	return p.list

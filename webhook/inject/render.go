@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -31,25 +30,22 @@ const (
 	bootSeconds = 600
 	// overhead is what initboot needs beside the enclave's memory, in bytes.
 	overhead = 128 << 20
-	// unprivileged is the uid and gid of the console and the sidecar.
-	unprivileged = 65532
 )
 
-// volumes returns the volumes that are added to a pod.
-func volumes() []corev1.Volume {
-	sockets := resource.MustParse("16Mi")
-	memory := func(name string) corev1.Volume {
-		return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
-			Medium: corev1.StorageMediumMemory, SizeLimit: &sockets}}}
-	}
-	return []corev1.Volume{
-		memory(volumeRun),
-		{Name: volumeCache, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
-		memory(volumeTmp),
-		{Name: volumePodinfo, VolumeSource: corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{
-			Items: []corev1.DownwardAPIVolumeFile{{Path: "annotations", FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.annotations"}}}}}},
-		memory(volumeNoToken),
-	}
+// volumes are added to a pod.
+var volumes = []*corev1.Volume{
+	memoryVolume(volumeRun),
+	{Name: volumeCache, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
+	memoryVolume(volumeTmp),
+	{Name: volumePodinfo, VolumeSource: corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{
+		Items: []corev1.DownwardAPIVolumeFile{{Path: "annotations", FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.annotations"}}}}}},
+	memoryVolume(volumeNoToken),
+}
+
+func memoryVolume(name string) *corev1.Volume {
+	limit := resource.MustParse("16Mi")
+	return &corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+		Medium: corev1.StorageMediumMemory, SizeLimit: &limit}}}
 }
 
 // Mounts of our containers. The empty volume at the token's path keeps the API server from mounting a
@@ -76,9 +72,44 @@ func escape(value string) string { return strings.ReplaceAll(value, "$", "$$") }
 // unescape is what the kubelet makes of an escaped value.
 func unescape(value string) string { return strings.ReplaceAll(value, "$$", "$") }
 
+// What is the same in every pod is made once. Nobody may write to it.
+var (
+	always, yes, no    = corev1.ContainerRestartPolicyAlways, true, false
+	root, unprivileged = int64(0), int64(65532)
+
+	// processSecurity is that of an initboot that makes the enclave of namespaces. The uid is explicit: the pod may demand runAsNonRoot for its
+	// other containers.
+	processSecurity = &corev1.SecurityContext{
+		RunAsUser: &root, RunAsGroup: &root, RunAsNonRoot: &no,
+		ReadOnlyRootFilesystem: &yes,
+		Capabilities:           &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: processCapabilities},
+		SeccompProfile:         &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined},
+		AppArmorProfile:        &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeUnconfined},
+	}
+	dropAll        = &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}
+	runtimeDefault = &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}
+	bootProbe      = execProbe("/initboot", "probe", "boot")
+	sidecarProbe   = execProbe("/sidecar", "probe", "startup")
+	// sidecarReady follows the enclave closely: a pod whose enclave is gone must leave its Services at once.
+	sidecarReady = &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(podenv.SidecarPort), Scheme: corev1.URISchemeHTTP}},
+		PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 1, SuccessThreshold: 1,
+	}
+)
+
+// confined is the security context of the console and the sidecar. What it points to is shared.
+func confined() *corev1.SecurityContext {
+	return &corev1.SecurityContext{
+		RunAsUser: &unprivileged, RunAsGroup: &unprivileged, RunAsNonRoot: &yes,
+		AllowPrivilegeEscalation: &no,
+		ReadOnlyRootFilesystem:   &yes,
+		Capabilities:             dropAll,
+		SeccompProfile:           runtimeDefault,
+	}
+}
+
 // initboot renders the first native sidecar, without resources.
 func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory, cpus int64) corev1.Container {
-	always := corev1.ContainerRestartPolicyAlways
 	command := []string{"/initboot", "serve", "--driver=" + opts.Driver}
 	if len(opts.PlainHTTP) > 0 {
 		command = append(command, "--plain-http-registries="+strings.Join(opts.PlainHTTP, ","))
@@ -87,36 +118,23 @@ func initboot(opts Options, m *workload.Manifest, canonical []byte, image string
 		Name:    Initboot,
 		Image:   opts.InitbootImage,
 		Command: command,
-		Env: slices.Concat([]corev1.EnvVar{
+		Env: append(append([]corev1.EnvVar{
 			{Name: podenv.EnvManifest, Value: escape(string(canonical))},
 			{Name: podenv.EnvImage, Value: escape(image)},
 			{Name: podenv.EnvMemory, Value: strconv.FormatInt(memory, 10)},
-		}, pluginImagesEnv(pluginImages), podEnv(m)),
+		}, pluginImagesEnv(pluginImages)...), podEnv(m)...),
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
-		StartupProbe:    execProbe("/initboot", "probe", "boot"),
+		StartupProbe:    bootProbe,
 		VolumeMounts:    []corev1.VolumeMount{mountRun, mountCache, mountNoToken},
 	}
 	if opts.Driver == DriverNitro {
 		c.Env = append(c.Env, nitroEnv(cpus))
 		c.SecurityContext = nitroSecurity(opts)
 	} else {
-		c.SecurityContext = processSecurity()
+		c.SecurityContext = processSecurity
 	}
 	return c
-}
-
-// processSecurity is the security context of an initboot that makes the enclave of namespaces.
-func processSecurity() *corev1.SecurityContext {
-	no, yes, root := false, true, int64(0)
-	return &corev1.SecurityContext{
-		// The uid is explicit: the pod may demand runAsNonRoot for its other containers.
-		RunAsUser: &root, RunAsGroup: &root, RunAsNonRoot: &no,
-		ReadOnlyRootFilesystem: &yes,
-		Capabilities:           &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: processCapabilities},
-		SeccompProfile:         &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined},
-		AppArmorProfile:        &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeUnconfined},
-	}
 }
 
 // podEnv tells initboot which pod it is in, where telemetry carries that.
@@ -136,10 +154,9 @@ func podEnv(m *workload.Manifest) []corev1.EnvVar {
 
 // sidecar renders the second native sidecar, without resources.
 func sidecar(opts Options, m *workload.Manifest) corev1.Container {
-	always := corev1.ContainerRestartPolicyAlways
-	env := []corev1.EnvVar{{Name: podenv.EnvPorts, Value: jsonText(portNumbers(m))}}
+	env := []corev1.EnvVar{{Name: podenv.EnvPorts, Value: string(jsonText(portNumbers(m)))}}
 	if list := m.Endpoints(); len(list) > 0 {
-		env = append(env, corev1.EnvVar{Name: podenv.EnvEgress, Value: jsonText(list)})
+		env = append(env, corev1.EnvVar{Name: podenv.EnvEgress, Value: string(jsonText(list))})
 	}
 	if m.KMS != nil {
 		env = append(env, corev1.EnvVar{Name: podenv.EnvAWSRegion, Value: m.KMS.Region})
@@ -155,12 +172,8 @@ func sidecar(opts Options, m *workload.Manifest) corev1.Container {
 		Env:             env,
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
-		StartupProbe:    execProbe("/sidecar", "probe", "startup"),
-		// It follows the enclave closely: a pod whose enclave is gone must leave its Services at once.
-		ReadinessProbe: &corev1.Probe{
-			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(podenv.SidecarPort), Scheme: corev1.URISchemeHTTP}},
-			PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 1, SuccessThreshold: 1,
-		},
+		StartupProbe:    sidecarProbe,
+		ReadinessProbe:  sidecarReady,
 		VolumeMounts:    []corev1.VolumeMount{mountRun, mountTmp, mountPodinfo, mountNoToken},
 		SecurityContext: security,
 	}
@@ -174,22 +187,10 @@ func portNumbers(m *workload.Manifest) []uint32 {
 	return numbers
 }
 
-// jsonText is a list of numbers or of texts, which always marshal, as JSON.
-func jsonText[T uint32 | string](list []T) string {
-	b, _ := json.Marshal(list)
-	return string(b)
-}
-
-// confined is the security context of the console and the sidecar.
-func confined() *corev1.SecurityContext {
-	no, yes, uid := false, true, int64(unprivileged)
-	return &corev1.SecurityContext{
-		RunAsUser: &uid, RunAsGroup: &uid, RunAsNonRoot: &yes,
-		AllowPrivilegeEscalation: &no,
-		ReadOnlyRootFilesystem:   &yes,
-		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
-		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-	}
+// jsonText is a text, or a list of texts or numbers, which always marshal, as JSON.
+func jsonText[T string | []string | []uint32](v T) json.RawMessage {
+	b, _ := json.Marshal(v)
+	return b
 }
 
 // execProbe is a startup probe that asks every second for as long as a boot may take.
@@ -299,7 +300,7 @@ func later(a, b int32) int32 { return int32(min(int64(a)+int64(b), 1<<31-1)) }
 
 // measurements is the value of the annotation that people read. The EIF, and so PCR0, is not known here.
 func measurements(canonical []byte) string {
-	return fmt.Sprintf(`{"PCR16":%q}`, hex.EncodeToString(workload.PCR16(canonical)))
+	return `{"PCR16":"` + hex.EncodeToString(workload.PCR16(canonical)) + `"}`
 }
 
 // guaranteed tells whether the author's pod has QoS class Guaranteed for what its containers say: requests

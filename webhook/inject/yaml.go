@@ -72,8 +72,10 @@ func FromYAML(docs []byte) ([]Document, error) {
 func templates(object []byte, at string) ([]Template, error) {
 	var head struct {
 		Kind     string `json:"kind"`
-		Metadata named  `json:"metadata"`
-		Spec     struct {
+		Metadata struct {
+			Name string `json:"name"`
+		} `json:"metadata"`
+		Spec struct {
 			Template    json.RawMessage `json:"template"`
 			JobTemplate struct {
 				Spec struct {

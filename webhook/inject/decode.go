@@ -1,0 +1,79 @@
+package inject
+
+import (
+	"bytes"
+	"encoding/json"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utiljson "k8s.io/apimachinery/pkg/util/json"
+	kjson "sigs.k8s.io/json"
+)
+
+// decode reads JSON as the API server does: field names are case-sensitive.
+func decode(data []byte, into any) error { return utiljson.Unmarshal(data, into) }
+
+// mentionsUs tells whether a pod, as JSON, could have an annotation, a container or a variable of ours. All
+// of them have our name in them, in whatever case, plain or with an escape by \u. Most pods of a cluster do
+// not, and need not be decoded.
+func mentionsUs(pod []byte) bool {
+	const name = "cloister"
+	for i := 0; i+len(name) <= len(pod); i++ {
+		if pod[i]|0x20 == name[0] && strings.EqualFold(string(pod[i:i+len(name)]), name) {
+			return true
+		}
+	}
+	return bytes.Contains(pod, []byte(`\u`))
+}
+
+// decodePod reads what is decided about, each of spec.containers as it stands there, and what in each of them
+// this version does not know.
+func decodePod(data []byte) (meta *metav1.ObjectMeta, spec *corev1.PodSpec, raw []json.RawMessage, unknown [][]error, err error) {
+	var pod struct {
+		Metadata struct {
+			Annotations map[string]string `json:"annotations"`
+		} `json:"metadata"`
+		Spec struct {
+			corev1.PodSpec
+			Containers []json.RawMessage `json:"containers"`
+		} `json:"spec"`
+	}
+	if err := decode(data, &pod); err != nil {
+		return nil, nil, nil, nil, err
+	}
+	spec, raw = &pod.Spec.PodSpec, pod.Spec.Containers
+	spec.Containers, unknown = make([]corev1.Container, len(raw)), make([][]error, len(raw))
+	for i := range raw {
+		if unknown[i], err = kjson.UnmarshalStrict(raw[i], &spec.Containers[i], kjson.DisallowUnknownFields); err != nil {
+			return nil, nil, nil, nil, err
+		}
+	}
+	return &metav1.ObjectMeta{Annotations: pod.Metadata.Annotations}, spec, raw, unknown, nil
+}
+
+// container is what is changed of the named container, as it stands in the pod: fields that this version
+// does not know are in it. What is not there is empty.
+type container struct {
+	Args            json.RawMessage `json:"args"`
+	WorkingDir      json.RawMessage `json:"workingDir"`
+	Env             json.RawMessage `json:"env"`
+	EnvFrom         json.RawMessage `json:"envFrom"`
+	VolumeMounts    json.RawMessage `json:"volumeMounts"`
+	Resources       json.RawMessage `json:"resources"`
+	SecurityContext json.RawMessage `json:"securityContext"`
+	Lifecycle       json.RawMessage `json:"lifecycle"`
+}
+
+// entries returns the i-th entry of a list as it stands there. The list is not decoded before one is asked for.
+func entries(list json.RawMessage) func(i int) (json.RawMessage, error) {
+	var decoded []json.RawMessage
+	return func(i int) (json.RawMessage, error) {
+		if decoded == nil {
+			if err := decode(list, &decoded); err != nil {
+				return nil, err
+			}
+		}
+		return decoded[i], nil
+	}
+}
