@@ -4,6 +4,8 @@
 //	initboot serve [--driver=process] [--plain-http-registries=HOST:PORT,...]
 //	                                             boot the enclave and serve the pod socket
 //	initboot console --grace-period=30s          run the workload, with its output and exit code
+//	initboot install seccomp [--folder=/var/lib/kubelet/seccomp/profiles]
+//	                                             write the seccomp profile for AF_VSOCK to the node, and stay
 //	initboot probe boot                          succeed when the enclave has booted
 //	initboot probe startup [--initial-delay=0s] [--timeout=1s]
 //	                                             succeed when the workload has started
@@ -19,10 +21,11 @@ import (
 
 // commands by name. Each gets its arguments and returns the exit code.
 var commands = map[string]func(args []string) int{
-	"serve":         serve,
-	"console":       runConsole,
-	"probe boot":    probeBoot,
-	"probe startup": probeStartup,
+	"serve":           serve,
+	"console":         runConsole,
+	"install seccomp": installSeccomp,
+	"probe boot":      probeBoot,
+	"probe startup":   probeStartup,
 }
 
 func main() {
@@ -37,7 +40,7 @@ func main() {
 			os.Exit(run(args[words:]))
 		}
 	}
-	fmt.Fprintln(os.Stderr, "usage: initboot serve|console|probe boot|probe startup [flags]")
+	fmt.Fprintln(os.Stderr, "usage: initboot serve|console|install seccomp|probe boot|probe startup [flags]")
 	os.Exit(2)
 }
 
