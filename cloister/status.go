@@ -15,19 +15,11 @@ import (
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/duration"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"cloister.dev/cloister/webhook/annotation"
 	"cloister.dev/cloister/webhook/inject"
 )
-
-// pageSize is how many pods one request to the API server asks for.
-const pageSize = 500
 
 // forPeople is said of every measurement that comes from a cluster.
 const forPeople = "PCR16 is what the cluster says, for people to read. What a client trusts is computed without it: cloister measure -f FILE --eif FILE"
@@ -92,10 +84,9 @@ All of this is the cluster's word. It proves nothing; "cloister curl" does.`,
 }
 
 func (s *status) run(ctx context.Context, stdout, stderr io.Writer) error {
-	kubeconfig := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(clientcmd.NewDefaultClientConfigLoadingRules(), nil)
-	config, err := kubeconfig.ClientConfig()
+	k, kubeconfig, err := findCluster("", "")
 	if err != nil {
-		return fmt.Errorf("find the cluster: %w: name a kubeconfig in KUBECONFIG", err)
+		return err
 	}
 	namespace := s.namespace
 	if namespace == "" && !s.all {
@@ -103,25 +94,29 @@ func (s *status) run(ctx context.Context, stdout, stderr io.Writer) error {
 			return fmt.Errorf("find the namespace: %w", err)
 		}
 	}
-	pods, err := listPods(ctx, config, namespace)
+	path := "/api/v1/pods"
+	if namespace != "" {
+		path = "/api/v1/namespaces/" + namespace + "/pods"
+	}
+	pods, err := list[corev1.Pod](ctx, k, path)
 	if err != nil {
 		return fmt.Errorf("list pods: %w", err)
 	}
-	list := []podStatus{}
+	found := []podStatus{}
 	for i := range pods {
 		if pods[i].Annotations[annotation.Enclave] != "" {
-			list = append(list, describePod(&pods[i]))
+			found = append(found, describePod(&pods[i]))
 		}
 	}
-	slices.SortFunc(list, func(a, b podStatus) int {
+	slices.SortFunc(found, func(a, b podStatus) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Pod, b.Pod))
 	})
 	if s.output == "json" {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
-		return enc.Encode(map[string][]podStatus{"pods": list})
+		return enc.Encode(map[string][]podStatus{"pods": found})
 	}
-	if len(list) == 0 {
+	if len(found) == 0 {
 		where := "in namespace " + namespace
 		if s.all {
 			where = "in any namespace"
@@ -129,41 +124,11 @@ func (s *status) run(ctx context.Context, stdout, stderr io.Writer) error {
 		fmt.Fprintf(stderr, "There is no confidential pod %s: a pod is one when it has the annotation %s.\n", where, annotation.Enclave)
 		return nil
 	}
-	if err := printPods(stdout, list, time.Now()); err != nil {
+	if err := printPods(stdout, found, time.Now()); err != nil {
 		return err
 	}
 	fmt.Fprintln(stderr, forPeople)
 	return nil
-}
-
-// listPods lists the pods of a namespace, or of all if it is empty. Of client-go it takes only the
-// transport: the clients of all API groups would make this command much larger.
-func listPods(ctx context.Context, config *rest.Config, namespace string) ([]corev1.Pod, error) {
-	scheme := runtime.NewScheme()
-	if err := corev1.AddToScheme(scheme); err != nil {
-		return nil, err
-	}
-	config = rest.CopyConfig(config)
-	config.APIPath, config.GroupVersion = "/api", &corev1.SchemeGroupVersion
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	client, err := rest.RESTClientFor(config)
-	if err != nil {
-		return nil, err
-	}
-	var pods []corev1.Pod
-	options := metav1.ListOptions{Limit: pageSize}
-	for {
-		var page corev1.PodList
-		err := client.Get().NamespaceIfScoped(namespace, namespace != "").Resource("pods").
-			VersionedParams(&options, metav1.ParameterCodec).Do(ctx).Into(&page)
-		if err != nil {
-			return nil, err
-		}
-		pods = append(pods, page.Items...)
-		if options.Continue = page.Continue; options.Continue == "" {
-			return pods, nil
-		}
-	}
 }
 
 func describePod(pod *corev1.Pod) podStatus {
