@@ -7,7 +7,7 @@ help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: run
-run: ## from nothing to an attested answer of an nginx in an enclave (OBSERVABILITY=1: and its telemetry)
+run: ## from nothing to an attested answer of an nginx in an enclave (OBSERVABILITY=1: and its telemetry; CLUSTER=existing: in your kind cluster)
 	@hack/run.sh
 
 .PHONY: test

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Usage: cluster.sh create|delete. The kind cluster; with CLUSTER=existing nothing is done but to ask
-# the cluster of the current kubeconfig for an answer.
+# Usage: cluster.sh create|delete. The kind cluster; with CLUSTER=existing nothing is made or deleted: the
+# cluster of the current kubeconfig must answer and its nodes be within reach.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_engine
@@ -8,7 +8,10 @@ use_cluster
 
 create() {
   if [ "$CLUSTER" = existing ]; then
-    kubectl version >/dev/null || die "CLUSTER=existing, but the cluster of the current kubeconfig does not answer"
+    kind get clusters 2>/dev/null | grep -qx "$KIND_CLUSTER" ||
+      die "the current context is kind-$KIND_CLUSTER, and this machine's container engine has no such kind cluster: start it, or set DOCKER_HOST to the engine that has it"
+    kubectl version --request-timeout=10s >/dev/null || die "the cluster of the current context, kind-$KIND_CLUSTER, does not answer: see that its node runs"
+    kubectl wait --for=condition=Ready node --all --timeout=60s
     return
   fi
   if kind get clusters 2>/dev/null | grep -qx "$CLUSTER"; then

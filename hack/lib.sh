@@ -32,8 +32,13 @@ use_engine() {
 use_cluster() {
   KIND_CLUSTER=$CLUSTER
   if [ "$CLUSTER" = existing ]; then
-    KIND_CLUSTER=$(kubectl config current-context 2>/dev/null | sed -n 's/^kind-//p')
-    [ -n "$KIND_CLUSTER" ] || die "CLUSTER=existing needs a kind cluster in the current kubeconfig: images are loaded into its nodes"
+    local context
+    command -v kubectl >/dev/null || die "CLUSTER=existing needs kubectl: install it, or run the same without CLUSTER"
+    context=$(kubectl config current-context 2>/dev/null) ||
+      die "CLUSTER=existing takes the cluster of the current context, and ${KUBECONFIG:-~/.kube/config} has none: set KUBECONFIG, or run kubectl config use-context kind-NAME"
+    [[ $context = kind-?* ]] ||
+      die "CLUSTER=existing takes kind clusters only, since images are loaded into their nodes, and the current context is \"$context\": run kubectl config use-context kind-NAME"
+    KIND_CLUSTER=${context#kind-}
   else
     export KUBECONFIG=$RUN/kubeconfig
   fi

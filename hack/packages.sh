@@ -2,8 +2,10 @@
 # Installs the host's missing Debian packages.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-packages=(docker.io iptables nftables mmdebstrap build-essential pkg-config libseccomp-dev xz-utils zstd jq
+packages=(mmdebstrap build-essential pkg-config libseccomp-dev xz-utils zstd jq
   cpio unzip python3-pip python3-venv maven iproute2 procps openssl ca-certificates curl)
+# An existing cluster has its engine and its network.
+[ "$CLUSTER" = existing ] || packages+=(docker.io iptables nftables)
 missing=()
 for p in "${packages[@]}"; do
   [ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")

@@ -56,6 +56,17 @@ What to try next
     --root $CACHE/dev-root/root.pem --connect-to 127.0.0.1:8443 https://nginx.cloister-sample.svc/
   # Change one digit of a PCR in the measurement set and ask again: no byte of the request is sent.
   # Add an env value to $OUT/nginx.yaml, apply it and ask again: PCR16 differs.
-  make test     # all tests
-  make clean    # take everything away again
+  cloister doctor   # is all of it well, and what keeps pods from their enclaves
 TEXT
+if [ "$CLUSTER" = existing ]; then
+  cat <<TEXT
+  make test CLUSTER=existing    # all tests
+  # Take everything away again, the cluster stays; with OBSERVABILITY=1 also the namespace cloister-observability:
+  kubectl delete namespace cloister-sample cloister-registry && kubectl delete -k $OUT/install
+TEXT
+else
+  cat <<TEXT
+  make test         # all tests
+  make clean        # take everything away again
+TEXT
+fi

@@ -7,14 +7,18 @@ again="read the log, then run the same command again: what is done stays done"
 [[ "$(go env GOVERSION 2>/dev/null)" == go1.* ]] || die "Go is missing: install it from go.dev or Debian's golang package"
 
 cluster() {
-  if [ "$CLUSTER" != existing ]; then
-    step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
-    step "kind $KIND_VERSION" "check that the Go module proxy answers: go env GOPROXY" "$HACK/kind.sh"
+  use_cluster
+  step "host packages" "install them by hand: see the list in hack/packages.sh" "$HACK/packages.sh"
+  step "kind $KIND_VERSION" "check that the Go module proxy answers: go env GOPROXY" "$HACK/kind.sh"
+  local hint="'make clean', then run the same command again"
+  if [ "$CLUSTER" = existing ]; then
+    hint="look at kubectl config get-contexts and kind get clusters"
+  else
     step "container engine" "start Docker, or read $LOGS/dockerd.log" "$HACK/docker.sh" start
     step "firewall rule" "check that iptables works: iptables -S DOCKER-USER" "$HACK/firewall.sh" add
     step "node image" "read the log; 'make clean' and another run start afresh" "$HACK/node-image.sh"
   fi
-  step "cluster $CLUSTER" "'make clean', then run the same command again" "$HACK/cluster.sh" create
+  step "cluster $KIND_CLUSTER" "$hint" "$HACK/cluster.sh" create
 }
 
 images() {
