@@ -503,10 +503,19 @@ func checkMeshes(s *snapshot) []finding {
 	return good(found, "no labelled namespace is in a mesh of Istio or Linkerd")
 }
 
-// strictest is the strictest Pod Security level that admits what the webhook injects, by driver.
-var strictest = map[string]string{
-	inject.DriverProcess: "privileged", // it makes namespaces inside the pod
-	driverNitro:          "baseline",   // uid 0 without capabilities
+// strictest is the strictest Pod Security level that admits what the webhook injects; empty where the driver
+// is not known.
+func (r *revision) strictest() string {
+	switch r.settings["DRIVER"] {
+	case inject.DriverProcess:
+		return "privileged" // it makes namespaces inside the pod
+	case driverNitro:
+		if group := r.settings["DEVICE_GROUP"]; group == "" || group == "0" {
+			return "baseline" // root alone may open the device
+		}
+		return "restricted"
+	}
+	return ""
 }
 
 // podSecurity lists the levels of Pod Security, the strictest last.
@@ -522,9 +531,8 @@ func checkPodSecurity(s *snapshot) []finding {
 			continue
 		}
 		for _, r := range s.takenBy(n) {
-			driver := r.settings["DRIVER"]
-			most, known := strictest[driver]
-			if !known {
+			driver, most := r.settings["DRIVER"], r.strictest()
+			if most == "" {
 				found = append(found, finding{levelWarning, fmt.Sprintf("not checked for namespace %s: the driver of %s is %q", n.Name, r.name, driver), "see DRIVER of the webhook's Deployment"})
 			} else if slices.Index(podSecurity, level) > slices.Index(podSecurity, most) {
 				found = append(found, finding{levelError, fmt.Sprintf("namespace %s enforces the Pod Security level %s, and what is injected with the driver %s needs %s: its confidential pods are refused", n.Name, level, driver, most),
@@ -543,11 +551,8 @@ func (s *snapshot) uses(driver string) bool {
 	return slices.ContainsFunc(s.revisions(), func(r revision) bool { return r.settings["DRIVER"] == driver })
 }
 
-// Resources of nodes with Nitro enclaves: of AWS's device plugin, and of Kubernetes.
-const (
-	nitroDevice = "aws.ec2.nitro/nitro_enclaves"
-	hugepages   = corev1.ResourceHugePagesPrefix
-)
+// nitroDevice is a resource of AWS's device plugin.
+const nitroDevice = "aws.ec2.nitro/nitro_enclaves"
 
 // enclaveNodes lists the nodes that offer Nitro enclaves.
 func (s *snapshot) enclaveNodes() []*corev1.Node {
@@ -569,19 +574,25 @@ func checkDevices(s *snapshot) []finding {
 		return []finding{{levelError, "no node offers " + nitroDevice + ": confidential pods find no place", "start instances with Nitro enclaves enabled, and AWS's Nitro enclaves device plugin on them"}}
 	}
 	var found []finding
-	var names, without []string
+	var names []string
 	for _, n := range nodes {
-		pages := false
-		for name, q := range n.Status.Allocatable {
-			pages = pages || strings.HasPrefix(string(name), hugepages) && !q.IsZero()
-		}
-		if !pages {
-			without = append(without, n.Name)
-		}
 		names = append(names, n.Name)
 	}
-	if without != nil {
-		found = append(found, finding{levelError, "nodes with Nitro enclaves have no huge pages, which are the enclaves' memory: " + some(without), "reserve them in /etc/nitro_enclaves/allocator.yaml, and restart the allocator and then the kubelet"})
+	for _, r := range s.revisions() {
+		if r.settings["DRIVER"] != driverNitro {
+			continue
+		}
+		pages := corev1.ResourceHugePagesPrefix + cmp.Or(r.settings["HUGEPAGES"], "2Mi")
+		var without []string
+		for _, n := range nodes {
+			if q := n.Status.Allocatable[corev1.ResourceName(pages)]; q.IsZero() {
+				without = append(without, n.Name)
+			}
+		}
+		if without != nil {
+			found = append(found, finding{levelError, fmt.Sprintf("nodes with Nitro enclaves have no %s, of which %s makes the enclaves' memory: %s", pages, r.name, some(without)),
+				"reserve them in /etc/nitro_enclaves/allocator.yaml and restart the allocator and then the kubelet, or set HUGEPAGES of the webhook to the size that the nodes have"})
+		}
 	}
 	return good(found, "%s offer Nitro enclaves and huge pages: %s", plural(len(nodes), "node"), some(names))
 }

@@ -175,9 +175,9 @@ func another(name string) admissionregv1.MutatingWebhookConfiguration {
 
 // nitro makes the cluster one with Nitro enclaves.
 func nitro(s *snapshot) {
-	s.configMaps[0].Data["DRIVER"] = driverNitro
+	s.configMaps[0].Data["DRIVER"], s.configMaps[0].Data["HUGEPAGES"] = driverNitro, "1Gi"
 	s.nodes[0].Status.Allocatable = corev1.ResourceList{
-		nitroDevice: resource.MustParse("4"), "hugepages-2Mi": resource.MustParse("0"), "hugepages-1Gi": resource.MustParse("8Gi"),
+		nitroDevice: resource.MustParse("4"), "hugepages-1Gi": resource.MustParse("8Gi"),
 	}
 	pod := &s.pods[1]
 	pod.Spec.NodeName = "node-1"
@@ -321,19 +321,24 @@ func TestChecks(t *testing.T) {
 			}, []string{"warning shop of Linkerd, skip-inbound-ports"}},
 		},
 		"pod-security": {
-			"healthy":             {want: []string{"ok 1 namespace without the label"}},
-			"privileged":          {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "privileged" }, []string{"ok"}},
-			"process: baseline":   {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"error shop, baseline, fix: kubectl label --overwrite namespace shop " + labelPodSecurity + "=privileged"}},
-			"elsewhere":           {func(s *snapshot) { s.namespaces[2].Labels[labelPodSecurity] = "restricted" }, []string{"ok"}},
-			"nitro: baseline":     {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"ok"}},
-			"nitro: restricted":   {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "restricted" }, []string{"error restricted, needs baseline"}},
+			"healthy":           {want: []string{"ok 1 namespace without the label"}},
+			"privileged":        {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "privileged" }, []string{"ok"}},
+			"process: baseline": {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"error shop, baseline, fix: kubectl label --overwrite namespace shop " + labelPodSecurity + "=privileged"}},
+			"elsewhere":         {func(s *snapshot) { s.namespaces[2].Labels[labelPodSecurity] = "restricted" }, []string{"ok"}},
+			"nitro: baseline":   {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"ok"}},
+			"nitro: restricted": {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "restricted" }, []string{"error restricted, needs baseline"}},
+			"nitro: device group": {func(s *snapshot) {
+				nitro(s)
+				s.configMaps[0].Data["DEVICE_GROUP"], s.namespaces[3].Labels[labelPodSecurity] = "990", "restricted"
+			}, []string{"ok"}},
 			"driver is not known": {func(s *snapshot) { s.configMaps = nil; s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{`warning not checked, ""`}},
 		},
 		"devices": {
 			"process":       {want: []string{"ok needs no devices"}},
 			"nitro":         {nitro, []string{"ok node-1"}},
 			"no device":     {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, nitroDevice) }, []string{"error no node offers"}},
-			"no huge pages": {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, "hugepages-1Gi") }, []string{"error huge pages, node-1"}},
+			"no huge pages": {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, "hugepages-1Gi") }, []string{"error hugepages-1Gi, node-1"}},
+			"other pages":   {func(s *snapshot) { nitro(s); delete(s.configMaps[0].Data, "HUGEPAGES") }, []string{"error hugepages-2Mi, node-1"}},
 		},
 		"seccomp": {
 			"process": {want: []string{"ok needs no seccomp profile"}},
