@@ -131,7 +131,7 @@ func TestTagDenied(t *testing.T) {
 		"silent registry":    {node + ":" + strings.TrimPrefix(ready, "ready ") + "/testapp:e2e", "", []string{"does not answer in time", "cloister pin -f FILE"}},
 		"closed port":        {node + ":1/testapp:e2e", "", []string{"cannot be reached", "cloister pin -f FILE"}},
 		"private registry":   {node + ":" + strings.TrimPrefix(port, "ready ") + "/testapp:e2e", "", []string{"refuses access to testapp", "cloister pin -f FILE"}},
-		"no TLS, not listed": {"kubernetes.default.svc.cluster.local:443/testapp:e2e", "", []string{"has a certificate that is not trusted"}},
+		"unknown authority":  {"kubernetes.default.svc.cluster.local:443/testapp:e2e", "", []string{"has a certificate that is not trusted"}},
 		"cloud's metadata":   {"169.254.169.254:80/testapp:e2e", "", []string{"cannot be reached"}},
 		"the webhook's node": {"127.0.0.1:8080/testapp:e2e", "", []string{"cannot be reached"}},
 		"nobody's name":      {"registry.nowhere.svc.cluster.local:5000/testapp:e2e", "", []string{"has a name that does not resolve"}},
@@ -157,6 +157,27 @@ func TestTagDenied(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The webhook and initboot know the authorities of the registries of the world.
+func TestAuthorities(t *testing.T) {
+	c := e2e(t)
+	system := &namespace{c, "cloister-system"}
+	list, err := c.kube.CoreV1().Pods(system.name).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=cloister-webhook"})
+	if err != nil || len(list.Items) == 0 {
+		t.Fatalf("%d pods of the webhook: %v", len(list.Items), err)
+	}
+	ns := c.namespace(t, true)
+	ns.create(t, c.appPod(t, "app"))
+	app := ns.ready(t, "app", 1)[0]
+	for container, pid := range map[string]string{
+		"webhook":         system.pid(t, &list.Items[0], "webhook", "/webhook"),
+		initbootContainer: ns.pid(t, &app, initbootContainer, "/initboot serve"),
+	} {
+		if got := strings.TrimSpace(c.onNode(t, `grep -c BEGIN /proc/$1/root/etc/ssl/certs/ca-certificates.crt`, pid)); len(got) < 3 {
+			t.Errorf("%s has %s authorities", container, got)
+		}
 	}
 }
 
@@ -278,7 +299,8 @@ func TestInjectedOffline(t *testing.T) {
 	set, _ := c.measure(t, pod)
 
 	// Byte for byte: the pod as the API server hands it to the webhook, which it stores as it comes back.
-	whole := submit(t, c.namespace(t, false), pod)
+	unlabelled := c.namespace(t, false)
+	whole := submit(t, unlabelled, pod)
 	whole.TypeMeta = pod.TypeMeta
 	whole.ManagedFields, whole.UID, whole.Namespace = nil, "", ""
 	by := submit(t, ns, whole)
@@ -297,6 +319,17 @@ func TestInjectedOffline(t *testing.T) {
 	if diff := cmp.Diff(by.Annotations, defaulted.Annotations); diff != "" {
 		t.Errorf("annotations (-webhook +offline):\n%s", diff)
 	}
+
+	// Where no webhook looks, it runs too.
+	public := c.appPod(t, "public")
+	r = c.cloister(t, "inject", "-f", writeFile(t, "public.yaml", toYAML(t, public)))
+	if r.code != 0 {
+		t.Fatalf("cloister inject: exit code %d: %s", r.code, r.stderr)
+	}
+	output(t, "kubectl", "-n", unlabelled.name, "apply", "-f", writeFile(t, "injected.yaml", []byte(r.stdout)))
+	unlabelled.ready(t, "public", 1)
+	c.answer(t, unlabelled.forward(t, "pod/public", 8080), set, "/")
+	unlabelled.remove(t, "public")
 
 	// A Deployment, before the service account has a pull secret for it.
 	r = c.cloister(t, "inject", "-f", writeFile(t, "deployment.yaml", toYAML(t, deployment(pod, 1))))
