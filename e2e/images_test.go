@@ -290,9 +290,7 @@ func TestInjectedOffline(t *testing.T) {
 	defer private.stop(t)
 	host := c.nodeAddr(t) + ":" + strings.TrimPrefix(ready, "ready ")
 	for key, value := range c.installed(t) {
-		if key == "DRIVER" || strings.HasSuffix(key, "_IMAGE") || key == "PLAIN_HTTP_REGISTRIES" {
-			t.Setenv(key, value)
-		}
+		t.Setenv(key, value)
 	}
 	pod := c.appPod(t, "offline")
 	pod.Spec.Containers[0].Image = c.appRef(t, host)
