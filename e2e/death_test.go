@@ -60,15 +60,15 @@ func TestDeath(t *testing.T) {
 			var after *corev1.Pod
 			eventually(t, bootTime, "the pod serves again", func() (bool, string) {
 				after = ns.pod(t, name)
-				return isReady(after) && container(t, after, "app").RestartCount == restarts &&
-					container(t, after, initbootContainer).RestartCount == tt.initboot &&
-					container(t, after, sidecarContainer).RestartCount == tt.sidecar, state(after)
+				return isReady(after) && container(after, "app").RestartCount == restarts &&
+					container(after, initbootContainer).RestartCount == tt.initboot &&
+					container(after, sidecarContainer).RestartCount == tt.sidecar, state(after)
 			})
 			if after.UID != before.UID {
 				t.Error("another pod serves")
 			}
 			if tt.console != 0 {
-				last := container(t, after, "app").LastTerminationState.Terminated
+				last := container(after, "app").LastTerminationState.Terminated
 				if last == nil || last.ExitCode != tt.console || tt.message && last.Message == "" {
 					t.Errorf("the console ended with %+v, want exit code %d (with a message: %t)", last, tt.console, tt.message)
 				}

@@ -15,7 +15,7 @@ func (ns *namespace) terminated(t *testing.T, pod string) *corev1.ContainerState
 	eventually(t, bootTime, pod+" ends", func() (bool, string) {
 		p := ns.pod(t, pod)
 		if len(p.Status.ContainerStatuses) > 0 {
-			ended = container(t, p, "app").State.Terminated
+			ended = container(p, "app").State.Terminated
 		}
 		return ended != nil, state(p)
 	})
@@ -77,9 +77,9 @@ func TestHooks(t *testing.T) {
 		c.answer(t, addr, set, "/break/live")
 		eventually(t, bootTime, "a restart", func() (bool, string) {
 			p := ns.pod(t, "hooks")
-			return container(t, p, "app").RestartCount == 1 && isReady(p), state(p)
+			return container(p, "app").RestartCount == 1 && isReady(p), state(p)
 		})
-		last := container(t, ns.pod(t, "hooks"), "app").LastTerminationState.Terminated
+		last := container(ns.pod(t, "hooks"), "app").LastTerminationState.Terminated
 		if last == nil || last.ExitCode != 0 || last.Message != "so long" {
 			t.Errorf("the first run ended with %+v, want exit code 0 and its last word", last)
 		}
@@ -116,7 +116,7 @@ func TestHooks(t *testing.T) {
 		for run, code := range []string{"42", "3"} {
 			eventually(t, bootTime, "the workload serves", func() (bool, string) {
 				p := ns.pod(t, "restart-rule")
-				return isReady(p) && container(t, p, "app").RestartCount == int32(run), state(p)
+				return isReady(p) && container(p, "app").RestartCount == int32(run), state(p)
 			})
 			c.answer(t, ns.forward(t, "pod/restart-rule", 8080), set, "/exit?code="+code)
 		}
@@ -124,7 +124,7 @@ func TestHooks(t *testing.T) {
 			p := ns.pod(t, "restart-rule")
 			return p.Status.Phase == corev1.PodFailed, state(p)
 		})
-		if app := container(t, ns.pod(t, "restart-rule"), "app"); app.State.Terminated.ExitCode != 3 || app.RestartCount != 1 {
+		if app := container(ns.pod(t, "restart-rule"), "app"); app.State.Terminated.ExitCode != 3 || app.RestartCount != 1 {
 			t.Errorf("ended with %+v, %d restarts", app.State.Terminated, app.RestartCount)
 		}
 	})

@@ -154,7 +154,7 @@ func TestHostValues(t *testing.T) {
 		}
 	}
 	for _, p := range ns.pods(t, "app") {
-		if n := container(t, &p, "app").RestartCount; n != 0 {
+		if n := container(&p, "app").RestartCount; n != 0 {
 			t.Errorf("%s was restarted %d times", p.Name, n)
 		}
 	}
@@ -217,7 +217,7 @@ func TestHostNameRefused(t *testing.T) {
 		p := ns.pod(t, "refused")
 		return p.Status.Phase == corev1.PodFailed, state(p)
 	})
-	end := container(t, ns.pod(t, "refused"), "app").State.Terminated
+	end := container(ns.pod(t, "refused"), "app").State.Terminated
 	for _, want := range []string{"env LD_PRELOAD cannot be supplied by the host", "env GODEBUG cannot be supplied by the host", "hostEnv"} {
 		if end == nil || end.ExitCode != 125 || !strings.Contains(end.Message, want) {
 			t.Errorf("it ended with %+v, want %q", end, want)

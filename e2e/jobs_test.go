@@ -33,7 +33,7 @@ func TestJobs(t *testing.T) {
 			if p.Status.Phase != tt.phase {
 				t.Errorf("phase %s, want %s", p.Status.Phase, tt.phase)
 			}
-			app := container(t, p, "app")
+			app := container(p, "app")
 			if app.State.Terminated == nil || app.State.Terminated.ExitCode != tt.code || app.RestartCount != 0 {
 				t.Errorf("the workload's container: %+v, %d restarts; want exit code %d and none", app.State, app.RestartCount, tt.code)
 			}
@@ -41,7 +41,7 @@ func TestJobs(t *testing.T) {
 				t.Errorf("the workload ran %d times", n)
 			}
 			for _, name := range []string{initbootContainer, sidecarContainer} {
-				if s := container(t, p, name); s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
+				if s := container(p, name); s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
 					t.Errorf("%s: %+v, want exit code 0", name, s.State)
 				}
 			}
@@ -64,7 +64,7 @@ func TestJobOnFailure(t *testing.T) {
 				return false, fmt.Sprintf("%d pods", len(pods))
 			}
 			pod = pods[0].Name
-			return isReady(&pods[0]) && container(t, &pods[0], "app").RestartCount == int32(run), state(&pods[0])
+			return isReady(&pods[0]) && container(&pods[0], "app").RestartCount == int32(run), state(&pods[0])
 		})
 		addr := ns.forward(t, "pod/"+pod, 8080)
 		c.answer(t, addr, set, fmt.Sprintf("/exit?code=%d", code))
@@ -74,7 +74,7 @@ func TestJobOnFailure(t *testing.T) {
 	if len(pods) != 1 {
 		t.Fatalf("%d pods, want the same one for all runs", len(pods))
 	}
-	app := container(t, &pods[0], "app")
+	app := container(&pods[0], "app")
 	if last := app.LastTerminationState.Terminated; app.RestartCount != 2 || last == nil || last.ExitCode != 3 {
 		t.Errorf("%d restarts, run before the last: %+v; want 2 and exit code 3", app.RestartCount, last)
 	}

@@ -216,7 +216,7 @@ func TestKMS(t *testing.T) {
 		return false, strings.Join(seen, "; ")
 	})
 	other := ns.pod(t, "other")
-	if app := container(t, other, "app"); app.State.Running == nil || app.Started != nil && *app.Started || isReady(other) {
+	if app := container(other, "app"); app.State.Running == nil || app.Started != nil && *app.Started || isReady(other) {
 		t.Errorf("the other pod does not wait: %s", state(other))
 	}
 	if logs := ns.logs(t, "other", "app"); strings.Contains(logs, "testapp") {

@@ -104,7 +104,7 @@ func TestWrongImage(t *testing.T) {
 				t.Errorf("kubectl describe lacks %s: %s", tt.want, said)
 			}
 			pod = ns.pod(t, name)
-			app := container(t, pod, "app")
+			app := container(pod, "app")
 			if app.State.Running == nil || app.Started != nil && *app.Started || isReady(pod) {
 				t.Errorf("the pod does not wait: %s", state(pod))
 			}
@@ -132,7 +132,7 @@ func TestImageComesLater(t *testing.T) {
 	if waited := time.Since(started); waited < 8*time.Second {
 		t.Errorf("ready after %s, but the image was not there before 10 s", waited)
 	}
-	if n := container(t, &p, "app").RestartCount; n != 0 {
+	if n := container(&p, "app").RestartCount; n != 0 {
 		t.Errorf("the console was restarted %d times", n)
 	}
 }
@@ -152,7 +152,7 @@ func TestHostChangesLayers(t *testing.T) {
 	ns.create(t, pod)
 	eventually(t, bootTime, "the pod's own init container runs", func() (bool, string) {
 		p := ns.pod(t, "app")
-		return len(p.Status.InitContainerStatuses) == 3 && container(t, p, "gate").State.Running != nil, state(p)
+		return len(p.Status.InitContainerStatuses) == 3 && container(p, "gate").State.Running != nil, state(p)
 	})
 	volumes := "/var/lib/kubelet/pods/" + string(ns.pod(t, "app").UID) + "/volumes/kubernetes.io~empty-dir/"
 	host, _ := c.start(t, "tamper", volumes+"cloister-run/vsock/1")

@@ -84,8 +84,8 @@ func TestProbes(t *testing.T) {
 					return ok(p), state(p)
 				})
 			}
-			restarts := func(p *corev1.Pod) int32 { return container(t, p, "app").RestartCount }
-			serving := func(p *corev1.Pod) bool { return container(t, p, sidecarContainer).Ready }
+			restarts := func(p *corev1.Pod) int32 { return container(p, "app").RestartCount }
+			serving := func(p *corev1.Pod) bool { return container(p, sidecarContainer).Ready }
 
 			phase("the workload serves", serving)
 			addr := ns.forward(t, "pod/"+name, 8080)
@@ -108,7 +108,7 @@ func TestProbes(t *testing.T) {
 			ask(tt.dead)
 			phase("restarted", func(p *corev1.Pod) bool { return restarts(p) == 1 && serving(p) })
 			// testapp ends with 0 when it is asked to. On a busy node the kubelet may forget the run before.
-			if last := container(t, ns.pod(t, name), "app").LastTerminationState.Terminated; last != nil && last.ExitCode != 0 {
+			if last := container(ns.pod(t, name), "app").LastTerminationState.Terminated; last != nil && last.ExitCode != 0 {
 				t.Errorf("the first run ended with %+v, want exit code 0", last)
 			}
 			addr = ns.forward(t, "pod/"+name, 8080)
@@ -151,11 +151,11 @@ func TestSlowStart(t *testing.T) {
 	}
 	eventually(t, bootTime, "liveness restarts the unprotected workload", func() (bool, string) {
 		p := ns.pod(t, "unprotected")
-		return len(p.Status.ContainerStatuses) == 1 && container(t, p, "app").RestartCount > 0, state(p)
+		return len(p.Status.ContainerStatuses) == 1 && container(p, "app").RestartCount > 0, state(p)
 	})
 	for _, name := range []string{"slow-image", "slow-workload"} {
 		p := ns.ready(t, name, 1)[0]
-		if n := container(t, &p, "app").RestartCount; n != 0 {
+		if n := container(&p, "app").RestartCount; n != 0 {
 			t.Errorf("%s was restarted %d times", name, n)
 		}
 	}

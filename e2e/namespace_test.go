@@ -333,16 +333,15 @@ func state(p *corev1.Pod) string {
 	return s
 }
 
-// container is the status of a container of a pod, or of one of its sidecars.
-func container(t *testing.T, p *corev1.Pod, name string) corev1.ContainerStatus {
-	t.Helper()
+// container is the status of a container of a pod, or of one of its sidecars. Before the kubelet has written
+// it nothing is ready and nothing was restarted.
+func container(p *corev1.Pod, name string) corev1.ContainerStatus {
 	for _, s := range append(p.Status.InitContainerStatuses, p.Status.ContainerStatuses...) {
 		if s.Name == name {
 			return s
 		}
 	}
-	t.Fatalf("pod %s has no status of container %s", p.Name, name)
-	return corev1.ContainerStatus{}
+	return corev1.ContainerStatus{Name: name}
 }
 
 // logs is everything that the present container of that name has printed.
@@ -369,7 +368,7 @@ func (ns *namespace) forward(t *testing.T, target string, port int) (addr string
 // pid finds, on the node, the process of a container whose command line begins with command.
 func (ns *namespace) pid(t *testing.T, pod *corev1.Pod, containerName, command string) string {
 	t.Helper()
-	_, id, _ := strings.Cut(container(t, pod, containerName).ContainerID, "://")
+	_, id, _ := strings.Cut(container(pod, containerName).ContainerID, "://")
 	found := ns.onNode(t, `for p in /proc/[0-9]*; do
 		grep -qs "$1" $p/cgroup || continue
 		case "$(tr '\0' ' ' <$p/cmdline)" in "$2"|"$2 "*) echo ${p#/proc/};; esac

@@ -320,7 +320,7 @@ func TestOIDC(t *testing.T) {
 			t.Errorf("after SIG%s: it is the same process", signal)
 		}
 	}
-	if n := container(t, ns.pod(t, p.Name), "app").RestartCount; n != 0 {
+	if n := container(ns.pod(t, p.Name), "app").RestartCount; n != 0 {
 		t.Errorf("the workload was restarted %d times", n)
 	}
 }

@@ -205,7 +205,7 @@ func TestKinds(t *testing.T) {
 		eventually(t, bootTime+bootTime, "a job of the CronJob succeeds", func() (bool, string) {
 			pods := ns.pods(t, "cronjob")
 			for _, p := range pods {
-				if p.Status.Phase == corev1.PodSucceeded && container(t, &p, sidecarContainer).State.Terminated != nil {
+				if p.Status.Phase == corev1.PodSucceeded && container(&p, sidecarContainer).State.Terminated != nil {
 					return true, ""
 				}
 			}
