@@ -98,7 +98,7 @@ func CheckHostPath(p string) error {
 
 // validateHost checks what the host supplies: names of variables and paths of mounts.
 func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...string)) {
-	names := map[string]int{}
+	names := make(map[string]int, len(m.Env))
 	for _, e := range m.Env {
 		names[e.Name]++
 	}
@@ -106,7 +106,9 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 		if e.Name == "" || strings.Contains(e.Name, "=") {
 			bad("env name %q must not be empty or contain =", e.Name)
 		}
-		text("env "+e.Name, e.Name, e.Value)
+		if !isText(e.Name) || !isText(e.Value) {
+			bad("env %s is not UTF-8 text without NUL", e.Name)
+		}
 		if !e.Host {
 			continue
 		}

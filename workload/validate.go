@@ -26,7 +26,7 @@ func (m *Manifest) Validate() error {
 	}
 	text := func(field string, values ...string) {
 		for _, v := range values {
-			if !utf8.ValidString(v) || strings.ContainsRune(v, 0) {
+			if !isText(v) {
 				bad("%s is not UTF-8 text without NUL", field)
 			}
 		}
@@ -102,6 +102,9 @@ func (m *Manifest) Validate() error {
 	m.validateVolumes(bad)
 	return errors.Join(errs...)
 }
+
+// isText tells whether s is UTF-8 without NUL.
+func isText(s string) bool { return utf8.ValidString(s) && strings.IndexByte(s, 0) < 0 }
 
 func (m *Manifest) validateUser(bad func(string, ...any)) {
 	u := m.User

@@ -52,28 +52,29 @@ func decodePod(data []byte) (meta *metav1.ObjectMeta, spec *corev1.PodSpec, raw 
 	return &metav1.ObjectMeta{Annotations: pod.Metadata.Annotations}, spec, raw, unknown, nil
 }
 
-// container is what is changed of the named container, as it stands in the pod: fields that this version
-// does not know are in it. What is not there is empty.
+// container is what is kept of the named container, as it stands in the pod. It is empty where this version
+// knows all of it, and can write it itself.
 type container struct {
-	Args            json.RawMessage `json:"args"`
-	WorkingDir      json.RawMessage `json:"workingDir"`
-	Env             json.RawMessage `json:"env"`
-	EnvFrom         json.RawMessage `json:"envFrom"`
-	VolumeMounts    json.RawMessage `json:"volumeMounts"`
-	Resources       json.RawMessage `json:"resources"`
-	SecurityContext json.RawMessage `json:"securityContext"`
-	Lifecycle       json.RawMessage `json:"lifecycle"`
+	Env             []json.RawMessage `json:"env"`
+	EnvFrom         []json.RawMessage `json:"envFrom"`
+	VolumeMounts    []json.RawMessage `json:"volumeMounts"`
+	Resources       json.RawMessage   `json:"resources"`
+	SecurityContext json.RawMessage   `json:"securityContext"`
 }
 
-// entries returns the i-th entry of a list as it stands there. The list is not decoded before one is asked for.
-func entries(list json.RawMessage) func(i int) (json.RawMessage, error) {
-	var decoded []json.RawMessage
-	return func(i int) (json.RawMessage, error) {
-		if decoded == nil {
-			if err := decode(list, &decoded); err != nil {
-				return nil, err
-			}
-		}
-		return decoded[i], nil
+// renamed is an entry of env or envFrom with another value of some of its fields; one that is "" is removed.
+// Raw is the entry as it stands, with fields that this version does not know.
+func renamed(raw json.RawMessage, fields map[string]string) (map[string]json.RawMessage, error) {
+	var v map[string]json.RawMessage
+	if err := decode(raw, &v); err != nil {
+		return nil, err
 	}
+	for name, value := range fields {
+		if value == "" {
+			delete(v, name)
+		} else {
+			v[name] = jsonText(value)
+		}
+	}
+	return v, nil
 }

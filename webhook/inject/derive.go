@@ -274,6 +274,9 @@ func (p *problems) ports(path *field.Path, c *corev1.Container, cfg *config.Encl
 		}
 		out = append(out, served(cfg, port.Name, uint32(port.ContainerPort)))
 	}
+	if len(cfg.Ports) == 0 {
+		return out
+	}
 	at := annotationsPath.Key(annotation.Config).Child("ports")
 	seen := map[uint32]bool{}
 	for i, s := range cfg.Ports {
@@ -294,6 +297,9 @@ func (p *problems) ports(path *field.Path, c *corev1.Container, cfg *config.Encl
 // address of the loopback device with a listener on the allowed port, and a workload that listens on all
 // addresses takes that port on each of them.
 func (p *problems) egress(m *workload.Manifest, cfg *config.EnclaveConfig) []string {
+	if len(cfg.Egress) == 0 {
+		return nil
+	}
 	at := annotationsPath.Key(annotation.Config).Child("egress")
 	for _, e := range cfg.Egress {
 		_, port, err := workload.ParseEndpoint(e)
@@ -473,18 +479,21 @@ func (p *problems) resources(path *field.Path, r corev1.ResourceRequirements) {
 	for i := range r.Claims {
 		p.forbid(path.Child("claims").Index(i), "a device of the host cannot be given to an enclave: remove it")
 	}
-	refused := map[corev1.ResourceName]*field.Path{}
+	var refused map[corev1.ResourceName]*field.Path
 	for _, l := range []struct {
-		path *field.Path
+		name string
 		list corev1.ResourceList
-	}{{path.Child("limits"), r.Limits}, {path.Child("requests"), r.Requests}} {
+	}{{"limits", r.Limits}, {"requests", r.Requests}} {
 		for name := range l.list {
 			switch name {
 			case corev1.ResourceCPU, corev1.ResourceMemory, corev1.ResourceEphemeralStorage:
-			default:
-				if refused[name] == nil {
-					refused[name] = l.path.Key(string(name))
-				}
+				continue
+			}
+			if refused == nil {
+				refused = map[corev1.ResourceName]*field.Path{}
+			}
+			if refused[name] == nil {
+				refused[name] = path.Child(l.name).Key(string(name))
 			}
 		}
 	}

@@ -1,7 +1,6 @@
 package inject
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
 	"math"
@@ -150,44 +149,49 @@ func resourceField(name string, c *corev1.Container, cfg *config.EnclaveConfig, 
 // consoleEnv is the environment of the console: what the cloud's identity webhook added, and under names of
 // ours what the kubelet is to resolve for the workload. Fields that this version does not know survive.
 func consoleEnv(c *corev1.Container, raw *container, d *decision) (env, from []any, err error) {
-	variable, source := entries(raw.Env), entries(raw.EnvFrom)
 	for i, e := range c.Env {
 		cloud := cloudEnv(e.Name)
 		if !cloud && (e.ValueFrom == nil || !isWorkloads(e, d.config)) {
 			continue
 		}
-		text, err := variable(i)
+		value, resolved := d.resourceFields[i]
+		switch {
+		case cloud && raw.Env != nil:
+			env = append(env, raw.Env[i])
+			continue
+		case cloud:
+		case resolved:
+			e = corev1.EnvVar{Name: podenv.EnvValue + e.Name, Value: value}
+		default:
+			e.Name = podenv.EnvValue + e.Name
+		}
+		if raw.Env == nil {
+			env = append(env, e)
+			continue
+		}
+		fields := map[string]string{"name": e.Name}
+		if resolved {
+			fields["value"], fields["valueFrom"] = value, ""
+		}
+		v, err := renamed(raw.Env[i], fields)
 		if err != nil {
 			return nil, nil, err
 		}
-		if cloud {
-			env = append(env, text)
-		} else {
-			var v map[string]json.RawMessage
-			if err := decode(text, &v); err != nil {
-				return nil, nil, err
-			}
-			v["name"] = jsonText(podenv.EnvValue + e.Name)
-			if value, ok := d.resourceFields[i]; ok {
-				delete(v, "valueFrom")
-				v["value"] = jsonText(value)
-			}
-			env = append(env, v)
-		}
+		env = append(env, v)
 	}
 	for _, e := range consoleMounts(d.manifest) {
 		env = append(env, e)
 	}
 	for i, e := range c.EnvFrom {
-		text, err := source(i)
+		e.Prefix = podenv.EnvFrom + e.Prefix
+		if raw.EnvFrom == nil {
+			from = append(from, e)
+			continue
+		}
+		v, err := renamed(raw.EnvFrom[i], map[string]string{"prefix": e.Prefix})
 		if err != nil {
 			return nil, nil, err
 		}
-		var v map[string]json.RawMessage
-		if err := decode(text, &v); err != nil {
-			return nil, nil, err
-		}
-		v["prefix"] = jsonText(podenv.EnvFrom + e.Prefix)
 		from = append(from, v)
 	}
 	return env, from, nil

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -48,14 +49,19 @@ func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver
 	}
 
 	d, errs := decide(ctx, meta, spec, opts, resolve)
-	var console container
+	i := -1
 	if name := meta.Annotations[annotation.Enclave]; name != "" {
-		i := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
-		if i >= 0 {
+		i = slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
+	}
+	var console container
+	if i >= 0 {
+		if len(unknown[i]) > 0 || spec.Containers[i].SecurityContext != nil {
 			if err := decode(raw[i], &console); err != nil {
 				return nil, nil, undecodable(err)
 			}
-			errs = append(errs, unknownVolumes(pod, spec, i)...)
+		}
+		errs = append(errs, unknownVolumes(pod, spec, i)...)
+		if len(unknown[i]) > 0 {
 			errs = append(errs, unknownActions(unknown[i], containersPath.Index(i))...)
 		}
 	}
@@ -140,20 +146,20 @@ func sysctlOp(spec *corev1.PodSpec) Op {
 // known to this version or not.
 func consoleOps(ops []Op, raw *container, spec *corev1.PodSpec, d *decision, opts Options) ([]Op, error) {
 	c := &spec.Containers[d.index]
-	base := fmt.Sprintf("/spec/containers/%d/", d.index)
+	base := "/spec/containers/" + strconv.Itoa(d.index) + "/"
 	ops = append(ops,
-		add(base+"image", opts.InitbootImage),
+		add(base+"image", &opts.InitbootImage),
 		add(base+"imagePullPolicy", corev1.PullIfNotPresent),
 		add(base+"command", consoleCommand(spec, c)),
 	)
-	remove := func(name string, have json.RawMessage) {
-		if len(have) > 0 {
+	remove := func(name string, there bool) {
+		if there {
 			ops = append(ops, Op{Op: "remove", Path: base + name})
 		}
 	}
-	remove("args", raw.Args)
-	remove("workingDir", raw.WorkingDir)
-	remove("lifecycle", raw.Lifecycle) // it is the workload's
+	remove("args", len(c.Args) > 0)
+	remove("workingDir", c.WorkingDir != "")
+	remove("lifecycle", c.Lifecycle != nil) // it is the workload's
 	if t := c.TerminationMessagePath; t != "" && t != corev1.TerminationMessagePathDefault {
 		ops = append(ops, add(base+"terminationMessagePath", corev1.TerminationMessagePathDefault))
 	}
@@ -165,26 +171,26 @@ func consoleOps(ops []Op, raw *container, spec *corev1.PodSpec, d *decision, opt
 	for _, l := range []struct {
 		name string
 		list []any
-		have json.RawMessage
-	}{{"env", env, raw.Env}, {"envFrom", from, raw.EnvFrom}} {
+		have bool
+	}{{"env", env, len(c.Env) > 0}, {"envFrom", from, len(c.EnvFrom) > 0}} {
 		if len(l.list) > 0 {
 			ops = append(ops, add(base+l.name, l.list))
 		} else {
 			remove(l.name, l.have)
 		}
 	}
-	mounts := []any{mountRun}
+	mounts := append(make([]any, 0, 8), &mountRun)
 	for _, m := range noToken(d.manifest) {
 		mounts = append(mounts, m)
 	}
-	mount := entries(raw.VolumeMounts)
 	for i := range c.VolumeMounts {
-		if m := &c.VolumeMounts[i]; cloudMount(m.MountPath) || isHostMount(d.manifest, m) {
-			as, err := mount(i)
-			if err != nil {
-				return nil, err
-			}
-			mounts = append(mounts, as)
+		m := &c.VolumeMounts[i]
+		switch {
+		case !cloudMount(m.MountPath) && !isHostMount(d.manifest, m):
+		case raw.VolumeMounts != nil:
+			mounts = append(mounts, raw.VolumeMounts[i])
+		default:
+			mounts = append(mounts, m)
 		}
 	}
 	ops = append(ops, add(base+"volumeMounts", mounts))
@@ -222,8 +228,8 @@ func consoleOps(ops []Op, raw *container, spec *corev1.PodSpec, d *decision, opt
 
 // resourceOps writes ours over the resources of a container, amount by amount.
 func resourceOps(ops []Op, path string, raw json.RawMessage, have, ours corev1.ResourceRequirements) []Op {
-	if len(raw) == 0 || string(raw) == "null" {
-		return append(ops, add(path, ours))
+	if (len(raw) == 0 || string(raw) == "null") && have.Limits == nil && have.Requests == nil {
+		return append(ops, add(path, &ours))
 	}
 	for _, l := range []struct {
 		name       string

@@ -18,9 +18,9 @@ import (
 
 func (p *problems) probes(cp *field.Path, c *corev1.Container) *workload.Probes {
 	out := workload.Probes{
-		Startup:   p.probe(cp.Child("startupProbe"), c, c.StartupProbe),
-		Liveness:  p.probe(cp.Child("livenessProbe"), c, c.LivenessProbe),
-		Readiness: p.probe(cp.Child("readinessProbe"), c, c.ReadinessProbe),
+		Startup:   p.probe(cp, "startupProbe", c, c.StartupProbe),
+		Liveness:  p.probe(cp, "livenessProbe", c, c.LivenessProbe),
+		Readiness: p.probe(cp, "readinessProbe", c, c.ReadinessProbe),
 	}
 	if out == (workload.Probes{}) {
 		return nil
@@ -28,10 +28,11 @@ func (p *problems) probes(cp *field.Path, c *corev1.Container) *workload.Probes 
 	return &out
 }
 
-func (p *problems) probe(at *field.Path, c *corev1.Container, probe *corev1.Probe) *workload.Probe {
+func (p *problems) probe(cp *field.Path, name string, c *corev1.Container, probe *corev1.Probe) *workload.Probe {
 	if probe == nil {
 		return nil
 	}
+	at := cp.Child(name)
 	switch {
 	case probe.HTTPGet != nil:
 		return &workload.Probe{HTTP: p.httpGet(at.Child("httpGet"), c, probe.HTTPGet)}

@@ -339,6 +339,14 @@ func resources(cpu resource.Quantity, memory int64, limitCPU bool) corev1.Resour
 	return r
 }
 
+// fixedSidecar and fixedConsole are by whether the author's pod is Guaranteed. Nobody may write to them.
+var fixedSidecar, fixedConsole = fixed("100m", 128<<20), fixed("50m", 64<<20)
+
+func fixed(cpu string, memory int64) map[bool]corev1.ResourceRequirements {
+	q := resource.MustParse(cpu)
+	return map[bool]corev1.ResourceRequirements{false: resources(q, memory, false), true: resources(q, memory, true)}
+}
+
 // bootResources, sidecarResources and consoleResources are those of our containers.
 func bootResources(spec *corev1.PodSpec, d *decision, opts Options) corev1.ResourceRequirements {
 	if opts.Driver == DriverNitro {
@@ -348,11 +356,11 @@ func bootResources(spec *corev1.PodSpec, d *decision, opts Options) corev1.Resou
 }
 
 func sidecarResources(spec *corev1.PodSpec) corev1.ResourceRequirements {
-	return resources(resource.MustParse("100m"), 128<<20, guaranteed(spec))
+	return fixedSidecar[guaranteed(spec)]
 }
 
 func consoleResources(spec *corev1.PodSpec) corev1.ResourceRequirements {
-	return resources(resource.MustParse("50m"), 64<<20, guaranteed(spec))
+	return fixedConsole[guaranteed(spec)]
 }
 
 // enclaveCPU is what initboot requests: what the enclave uses, which is what the author asked for, and a
