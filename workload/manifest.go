@@ -209,8 +209,9 @@ func Parse(canonical []byte) (*Manifest, error) {
 // SHA384(0^48 || SHA384(canonical)), 48 bytes. The register is extended with the digest, not with the
 // manifest, so that its value can be computed from the digest alone.
 func PCR16(canonical []byte) []byte {
-	d := Digest(canonical)
-	pcr := sha512.Sum384(append(make([]byte, sha512.Size384), d...))
+	var extended [2 * sha512.Size384]byte
+	copy(extended[sha512.Size384:], Digest(canonical))
+	pcr := sha512.Sum384(extended[:])
 	return pcr[:]
 }
 

@@ -70,8 +70,10 @@ func New(options inject.Options, resolve inject.Resolver, events *Events, log *s
 // HTTP serves admission reviews. What is logged about a pod is logged once, in Handle, so the logger of
 // controller-runtime, which costs more than the decision, gets no values.
 func (h *Handler) HTTP() http.Handler {
-	return &admission.Webhook{Handler: h, LogConstructor: func(base logr.Logger, _ *admission.Request) logr.Logger { return base }}
+	return &admission.Webhook{Handler: h, LogConstructor: noValues}
 }
+
+func noValues(base logr.Logger, _ *admission.Request) logr.Logger { return base }
 
 // Handle decides about one pod. A denial has code 403, reason Invalid, all sentences in its message, and
 // each as a cause of its own.

@@ -359,10 +359,11 @@ func (p *problems) mounts(cp *field.Path, spec *corev1.PodSpec, c *corev1.Contai
 	var out []workload.Mount
 	volumes := map[string]string{} // by path
 	for i := range c.VolumeMounts {
-		m, path := &c.VolumeMounts[i], cp.Child("volumeMounts").Index(i)
+		m := &c.VolumeMounts[i]
 		if tokenMount(spec, m) || cloudMount(m.MountPath) {
 			continue
 		}
+		path := cp.Child("volumeMounts").Index(i)
 		if w, ok := p.mount(path, spec, c, m, cfg); ok {
 			if volumes[w.Path] != "" {
 				p.list = append(p.list, field.Duplicate(path.Child("mountPath"), m.MountPath))

@@ -19,7 +19,9 @@ var mountPullSecrets = corev1.VolumeMount{Name: volumePullSecrets, MountPath: po
 // pullSecrets returns the volume, or nil for a pod without pull secrets. A Secret that is missing is
 // passed over, as by the kubelet. Each has a folder of its own, numbered in the pod's order.
 func pullSecrets(spec *corev1.PodSpec) *corev1.Volume {
-	yes := true
+	if len(spec.ImagePullSecrets) == 0 {
+		return nil
+	}
 	source := &corev1.ProjectedVolumeSource{}
 	for i, s := range spec.ImagePullSecrets {
 		if s.Name == "" {
