@@ -303,6 +303,36 @@ func TestSecondPassFollowsGracePeriod(t *testing.T) {
 	}
 }
 
+// TestSecondPassFollowsProbes: so does another webhook with the grace period of a probe. No other flag of
+// the console is its business.
+func TestSecondPassFollowsProbes(t *testing.T) {
+	pod := injectedPod(t, "probes-of-every-kind")
+	c := &pod.Spec.Containers[0]
+	c.StartupProbe.TerminationGracePeriodSeconds, c.LivenessProbe.TerminationGracePeriodSeconds = nil, new(int64(25))
+	data, err := json.Marshal(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ops, _, errs := Patch(data, testOptions)
+	if len(errs) > 0 || len(ops) != 1 {
+		t.Fatalf("got %v\n%s", ops, sentences(errs))
+	}
+	var got corev1.Pod
+	if err := decode(checkLaw(t, data, ops), &got); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"/initboot", "console", "--grace-period=60s", "--liveness-grace-period=25s"}; !slices.Equal(got.Spec.Containers[0].Command, want) {
+		t.Errorf("command %q, want %q", got.Spec.Containers[0].Command, want)
+	}
+	c.Command = append(c.Command, "--listen=:80")
+	if data, err = json.Marshal(pod); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, errs := Patch(data, testOptions); !strings.Contains(sentences(errs), "spec.containers[0].command") {
+		t.Errorf("a flag of nobody's: %s", sentences(errs))
+	}
+}
+
 // TestSecondPassOfEgress: the host's list is that of the manifest, whole and nothing more.
 func TestSecondPassOfEgress(t *testing.T) {
 	for name, tc := range map[string]struct {
