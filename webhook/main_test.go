@@ -92,7 +92,7 @@ func TestEndpoints(t *testing.T) {
 		"not ready":        {plainMux(check, &draining, reg), http.MethodGet, "/readyz", http.StatusServiceUnavailable, "not been issued yet"},
 		"metrics":          {plainMux(check, &draining, reg), http.MethodGet, "/metrics", http.StatusOK, "injection_seconds_bucket"},
 		"admission by GET": {admitMux(h, h), http.MethodGet, "/inject", http.StatusMethodNotAllowed, ""},
-		"admission of nil": {admitMux(h, h), http.MethodPost, "/inject", http.StatusOK, `"allowed":false`},
+		"admission of nil": {admitMux(h, h), http.MethodPost, "/inject", http.StatusBadRequest, "send application/json"},
 		"other path":       {admitMux(h, h), http.MethodPost, "/", http.StatusNotFound, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
 	admissionv1 "k8s.io/api/admission/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -66,14 +65,6 @@ func New(options inject.Options, resolve inject.Resolver, events *Events, log *s
 	reg.MustRegister(h.injections, h.seconds)
 	return h
 }
-
-// HTTP serves admission reviews. What is logged about a pod is logged once, in Handle, so the logger of
-// controller-runtime, which costs more than the decision, gets no values.
-func (h *Handler) HTTP() http.Handler {
-	return &admission.Webhook{Handler: h, LogConstructor: noValues}
-}
-
-func noValues(base logr.Logger, _ *admission.Request) logr.Logger { return base }
 
 // Handle decides about one pod. A denial has code 403, reason Invalid, all sentences in its message, and
 // each as a cause of its own.

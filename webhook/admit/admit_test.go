@@ -2,6 +2,7 @@ package admit
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -128,6 +129,42 @@ func TestGarbage(t *testing.T) {
 		if r := review(t, h, []byte(object)); r.Allowed {
 			t.Errorf("%s was allowed", object)
 		}
+	}
+}
+
+// TestNoReview: what is not an admission review of the version that is registered gets no answer that an API
+// server could take for one.
+func TestNoReview(t *testing.T) {
+	const request = `"request":{"uid":"u","object":{}}`
+	for name, tc := range map[string]struct{ contentType, body, want string }{
+		"other type":    {"text/plain", `{}`, "send application/json"},
+		"not JSON":      {"application/json", `{`, "decode request"},
+		"nothing":       {"application/json", ``, "decode request"},
+		"a list":        {"application/json", `[]`, "decode request"},
+		"other version": {"application/json", `{"apiVersion":"admission.k8s.io/v1beta1","kind":"AdmissionReview",` + request + `}`, "admission.k8s.io/v1 "},
+		"other kind":    {"application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"Pod",` + request + `}`, "send an AdmissionReview"},
+		"other case":    {"application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","Request":{}}`, "with a request"},
+		"no request":    {"application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, "with a request"},
+		"too large":     {"application/json", strings.Repeat(" ", maxReview+1), "too large"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := New(options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/inject", strings.NewReader(tc.body))
+			r.Header.Set("Content-Type", tc.contentType)
+			w := httptest.NewRecorder()
+			h.HTTP().ServeHTTP(w, r)
+			if w.Code != http.StatusBadRequest || !strings.Contains(w.Body.String(), tc.want) {
+				t.Errorf("status %d, %q, want 400 and %q", w.Code, w.Body, tc.want)
+			}
+		})
+	}
+}
+
+// TestPanic: a panic of the decision refuses the pod and ends nothing else.
+func TestPanic(t *testing.T) {
+	h := New(options, func(context.Context, string) (string, error) { panic("resolver") }, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	if r := review(t, h, pod(t, "image-by-tag")); r.Allowed || r.Result.Code != http.StatusInternalServerError {
+		t.Errorf("%+v", r)
 	}
 }
 
