@@ -33,10 +33,9 @@ const (
 const (
 	policyName    = "cloister"
 	configuration = "00-cloister"
+	// installer is the label app.kubernetes.io/name of the pods that put the seccomp profile on nodes.
+	installer = "cloister-seccomp"
 )
-
-// driverNitro is the driver of Nitro enclaves.
-const driverNitro = "nitro"
 
 // Fixes that more than one finding has.
 const (
@@ -509,7 +508,7 @@ func (r *revision) strictest() string {
 	switch r.settings["DRIVER"] {
 	case inject.DriverProcess:
 		return "privileged" // it makes namespaces inside the pod
-	case driverNitro:
+	case inject.DriverNitro:
 		if group := r.settings["DEVICE_GROUP"]; group == "" || group == "0" {
 			return "baseline" // root alone may open the device
 		}
@@ -566,7 +565,7 @@ func (s *snapshot) enclaveNodes() []*corev1.Node {
 }
 
 func checkDevices(s *snapshot) []finding {
-	if !s.uses(driverNitro) {
+	if !s.uses(inject.DriverNitro) {
 		return good(nil, "the driver %s needs no devices and no huge pages", inject.DriverProcess)
 	}
 	nodes := s.enclaveNodes()
@@ -579,7 +578,7 @@ func checkDevices(s *snapshot) []finding {
 		names = append(names, n.Name)
 	}
 	for _, r := range s.revisions() {
-		if r.settings["DRIVER"] != driverNitro {
+		if r.settings["DRIVER"] != inject.DriverNitro {
 			continue
 		}
 		pages := corev1.ResourceHugePagesPrefix + cmp.Or(r.settings["HUGEPAGES"], "2Mi")
@@ -598,12 +597,15 @@ func checkDevices(s *snapshot) []finding {
 }
 
 func checkSeccomp(s *snapshot) []finding {
-	if !s.uses(driverNitro) {
+	if !s.uses(inject.DriverNitro) {
 		return good(nil, "the driver %s needs no seccomp profile on the nodes", inject.DriverProcess)
 	}
 	has, lacks := map[string]bool{}, map[string]bool{}
 	for i := range s.pods {
 		p := &s.pods[i]
+		if p.Labels["app.kubernetes.io/name"] == installer && ready(p) {
+			has[p.Spec.NodeName] = true
+		}
 		if !localhostProfile(p) {
 			continue
 		}
@@ -627,12 +629,12 @@ func checkSeccomp(s *snapshot) []finding {
 	}
 	var found []finding
 	if bad != nil {
-		found = append(found, finding{levelError, "containers cannot be made for want of their seccomp profile on " + some(bad), "install the profile there, and the kubelet tries again"})
+		found = append(found, finding{levelError, "containers cannot be made for want of their seccomp profile on " + some(bad), "apply manifests/seccomp, and the kubelet tries again"})
 	}
 	if unseen != nil {
-		found = append(found, finding{levelWarning, "whether the seccomp profile is there cannot be seen, since profiles are not in the API and no confidential pod runs on " + some(unseen), "look into /var/lib/kubelet/seccomp there, or start a confidential pod"})
+		found = append(found, finding{levelWarning, "whether the seccomp profile is there cannot be seen, since profiles are not in the API, and neither its installer nor a confidential pod runs on " + some(unseen), "apply manifests/seccomp, or look for " + inject.VsockProfile + " below /var/lib/kubelet/seccomp there"})
 	}
-	return good(found, "confidential pods run with their seccomp profile on every node with Nitro enclaves")
+	return good(found, "the installer of the seccomp profile, or a pod with the profile, runs on every node with Nitro enclaves")
 }
 
 // localhostProfile tells whether initboot has a seccomp profile of the node.
@@ -640,6 +642,12 @@ func localhostProfile(p *corev1.Pod) bool {
 	return slices.ContainsFunc(p.Spec.InitContainers, func(c corev1.Container) bool {
 		return c.Name == inject.Initboot && c.SecurityContext != nil && c.SecurityContext.SeccompProfile != nil &&
 			c.SecurityContext.SeccompProfile.Type == corev1.SeccompProfileTypeLocalhost
+	})
+}
+
+func ready(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
 	})
 }
 

@@ -175,7 +175,7 @@ func another(name string) admissionregv1.MutatingWebhookConfiguration {
 
 // nitro makes the cluster one with Nitro enclaves.
 func nitro(s *snapshot) {
-	s.configMaps[0].Data["DRIVER"], s.configMaps[0].Data["HUGEPAGES"] = driverNitro, "1Gi"
+	s.configMaps[0].Data["DRIVER"], s.configMaps[0].Data["HUGEPAGES"] = inject.DriverNitro, "1Gi"
 	s.nodes[0].Status.Allocatable = corev1.ResourceList{
 		nitroDevice: resource.MustParse("4"), "hugepages-1Gi": resource.MustParse("8Gi"),
 	}
@@ -343,12 +343,20 @@ func TestChecks(t *testing.T) {
 		"seccomp": {
 			"process": {want: []string{"ok needs no seccomp profile"}},
 			"nitro":   {nitro, []string{"ok on every node"}},
-			"unseen":  {func(s *snapshot) { nitro(s); s.pods[1].Spec.NodeName = "another" }, []string{"warning cannot be seen, node-1"}},
+			"unseen":  {func(s *snapshot) { nitro(s); s.pods[1].Spec.NodeName = "another" }, []string{"warning cannot be seen, node-1, profiles/cloister-vsock.json"}},
+			"installer": {func(s *snapshot) {
+				nitro(s)
+				s.pods[1].Spec.NodeName = "another"
+				pod := annotated("cloister-node", "cloister-seccomp-1")
+				pod.Labels, pod.Spec.NodeName = map[string]string{"app.kubernetes.io/name": installer}, "node-1"
+				pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
+				s.pods = append(s.pods, pod)
+			}, []string{"ok"}},
 			"missing": {func(s *snapshot) {
 				nitro(s)
 				s.pods[1].Status.InitContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{
 					Reason: "CreateContainerError", Message: `failed to create containerd container: cannot load seccomp profile "/var/lib/kubelet/seccomp/x.json": open: no such file or directory`}}
-			}, []string{"error node-1, fix: install"}},
+			}, []string{"error node-1, fix: apply manifests/seccomp"}},
 		},
 		"missed": {
 			"healthy":       {want: []string{"ok 1 confidential pod"}},

@@ -135,11 +135,9 @@ func describePod(pod *corev1.Pod) podStatus {
 	s := podStatus{
 		Namespace: pod.Namespace, Pod: pod.Name, Phase: string(pod.Status.Phase), Created: pod.CreationTimestamp.UTC(),
 	}
+	s.Ready = ready(pod)
 	if pod.DeletionTimestamp != nil {
 		s.Phase = "Terminating" // as kubectl says it
-	}
-	for _, c := range pod.Status.Conditions {
-		s.Ready = s.Ready || c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
 	}
 	var measured struct{ PCR16 string }
 	if json.Unmarshal([]byte(pod.Annotations[annotation.Measurements]), &measured) == nil {
