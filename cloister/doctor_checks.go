@@ -59,7 +59,7 @@ var checks = []check{
 	{"devices", []string{ofNodes, ofConfiguration, ofServices, ofDeployments, ofConfigMaps}, checkDevices},
 	{"seccomp", []string{ofNodes, ofPods, ofConfiguration, ofServices, ofDeployments, ofConfigMaps}, checkSeccomp},
 	{"missed", []string{ofPods, ofNamespaces, ofConfiguration}, checkMissed},
-	{"annotations", []string{ofPods}, checkAnnotations},
+	{"annotations", []string{ofPods, ofNamespaces}, checkAnnotations},
 }
 
 // Minor versions of Kubernetes 1.
@@ -716,9 +716,13 @@ func checkMissed(s *snapshot) []finding {
 
 func checkAnnotations(s *snapshot) []finding {
 	var found []finding
+	living := map[string]bool{}
+	for _, n := range s.living() {
+		living[n.Name] = true
+	}
 	for i := range s.pods {
 		p := &s.pods[i]
-		if injected(p) || !alive(p) || !annotation.Any(p.Annotations) {
+		if injected(p) || !alive(p) || !living[p.Namespace] || !annotation.Any(p.Annotations) {
 			continue // the webhook has read those of injected pods
 		}
 		if _, errs := annotation.Read(p.Annotations, field.NewPath("metadata", "annotations")); len(errs) > 0 {

@@ -375,7 +375,11 @@ func TestChecks(t *testing.T) {
 			}, []string{"error old-0, old-1, old-2 and 6 more"}},
 		},
 		"annotations": {
-			"healthy":     {want: []string{"ok"}},
+			"healthy": {want: []string{"ok"}},
+			"going": {func(s *snapshot) {
+				s.pods = append(s.pods, annotated("default", "typo", annotation.Prefix+"enclav", "app"))
+				s.namespaces[2].DeletionTimestamp = &metav1.Time{Time: checkup}
+			}, []string{"ok"}},
 			"right":       {add(annotated("default", "open", annotation.Enclave, "app")), []string{"ok"}},
 			"misspelt":    {add(annotated("default", "typo", annotation.Prefix+"enclav", "app")), []string{`error default/typo, did you mean "cloister.dev/enclave"`}},
 			"wrong value": {add(annotated("default", "typo", annotation.Enclave, "app", annotation.Config, "memmory: 1Gi")), []string{"error default/typo, memmory"}},
