@@ -26,6 +26,10 @@ test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be (RU
 bench-admission: ## the CPU time and allocations of one admission, beside those of injectors by others
 	@hack/bench.sh
 
+.PHONY: bench-admission-kind
+bench-admission-kind: ## what 300 pods wait for the webhook on the kind cluster, and its memory
+	@hack/bench-kind.sh
+
 .PHONY: verify
 verify: ## format, vet, go.mod, and generated code that is what the .proto files give
 	@hack/verify.sh
