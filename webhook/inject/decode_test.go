@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -62,6 +63,23 @@ func TestOneUnknownField(t *testing.T) {
 				t.Errorf("(-without +with):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestAtOnce: what all patches share is only read. The race detector sees a write.
+func TestAtOnce(t *testing.T) {
+	pod := readPod(t, "testdata/everything-that-is-carried/input.yaml")
+	for _, driver := range []Options{testOptions, {Driver: DriverNitro, HugePages: "2Mi", DeviceGroup: 7, InitbootImage: "a", SidecarImage: "b"}} {
+		var group sync.WaitGroup
+		for range 8 {
+			group.Go(func() {
+				ops, _, errs := Patch(pod, driver)
+				if _, err := json.Marshal(ops); err != nil || len(errs) > 0 {
+					t.Error(err, sentences(errs))
+				}
+			})
+		}
+		group.Wait()
 	}
 }
 
