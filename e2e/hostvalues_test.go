@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -157,6 +158,47 @@ func TestHostValues(t *testing.T) {
 		if n := container(&p, "app").RestartCount; n != 0 {
 			t.Errorf("%s was restarted %d times", p.Name, n)
 		}
+	}
+}
+
+// Nearly as much as is accepted arrives, at the start and when one part of it changes, with the memory that
+// the console has.
+func TestHostValuesLarge(t *testing.T) {
+	c := e2e(t)
+	ns := c.namespace(t, true)
+	pod := c.appPod(t, "large")
+	projected := &corev1.ProjectedVolumeSource{}
+	for i := range 7 {
+		name := fmt.Sprint("part-", i)
+		part := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{name: strings.Repeat("x", 1_000_000)}}
+		if _, err := ns.kube.CoreV1().ConfigMaps(ns.name).Create(t.Context(), part, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		projected.Sources = append(projected.Sources, corev1.VolumeProjection{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: corev1.LocalObjectReference{Name: name}}})
+	}
+	pod.Spec.Volumes = []corev1.Volume{{Name: "large", VolumeSource: corev1.VolumeSource{Projected: projected}}}
+	pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "large", MountPath: "/srv/large"}}
+	set, _ := c.measure(t, pod)
+	ns.create(t, pod)
+	ns.ready(t, "large", 1)
+	addr := ns.forward(t, "pod/large", 8080)
+	for i := range 7 {
+		if got := c.answer(t, addr, set, fmt.Sprint("/read?file=/srv/large/part-", i)); len(got) != 1_000_000 {
+			t.Errorf("part %d has %d bytes", i, len(got))
+		}
+	}
+	if _, err := ns.kube.CoreV1().ConfigMaps(ns.name).Patch(t.Context(), "part-3", types.MergePatchType, []byte(`{"data":{"part-3":"small"}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ns.kube.CoreV1().Pods(ns.name).Patch(t.Context(), "large", types.MergePatchType, []byte(`{"metadata":{"labels":{"changed":"yes"}}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 3*time.Minute, "the changed ConfigMap", func() (bool, string) {
+		got := c.answer(t, addr, set, "/read?file=/srv/large/part-3")
+		return got == "small", fmt.Sprint(len(got), " bytes")
+	})
+	if s := container(t, ns.pod(t, "large"), "app"); s.RestartCount != 0 {
+		t.Errorf("the console was restarted %d times: %+v", s.RestartCount, s.LastTerminationState)
 	}
 }
 
