@@ -197,7 +197,7 @@ func TestHostValuesLarge(t *testing.T) {
 		got := c.answer(t, addr, set, "/read?file=/srv/large/part-3")
 		return got == "small", fmt.Sprint(len(got), " bytes")
 	})
-	if s := container(t, ns.pod(t, "large"), "app"); s.RestartCount != 0 {
+	if s := container(ns.pod(t, "large"), "app"); s.RestartCount != 0 {
 		t.Errorf("the console was restarted %d times: %+v", s.RestartCount, s.LastTerminationState)
 	}
 }
