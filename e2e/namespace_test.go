@@ -184,6 +184,12 @@ func (c *cluster) namespace(t *testing.T, injection bool) *namespace {
 	if injection {
 		labels["cloister.dev/injection"] = "enabled"
 	}
+	return c.labelled(t, labels)
+}
+
+// labelled makes a namespace with these labels.
+func (c *cluster) labelled(t *testing.T, labels map[string]string) *namespace {
+	t.Helper()
 	made, err := c.kube.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "e2e-", Labels: labels},
 	}, metav1.CreateOptions{})

@@ -6,6 +6,7 @@
 //	testapp note FILE TEXT                               hook: appends the text, its uid and NAME to the file
 //	testapp exists FILE                                  exec probe: fails if the file does not exist
 //	testapp wait FILE                                    init container: ends when the file exists
+//	testapp vsock                                        prints what making an AF_VSOCK socket gives; it goes nowhere
 //	testapp write FILE TEXT                              init container: makes a file and its folder
 //
 // The server, whose certificate for -tls is in TLS_CERT and TLS_KEY, answers
@@ -48,6 +49,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -79,6 +82,13 @@ func run(args []string) (int, error) {
 			return 0, err
 		}
 		return 0, os.WriteFile(args[1], []byte(args[2]), 0o644)
+	case "vsock":
+		fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err == nil {
+			err = unix.Close(fd)
+		}
+		fmt.Println("testapp: socket:", err)
+		return 0, nil
 	case "note":
 		return 0, note(args[1], args[2])
 	case "exit":
