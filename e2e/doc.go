@@ -15,6 +15,7 @@
 //	policy_test.go          the policy behind the webhook refuses what was not injected, and later changes
 //	safe_test.go            certificates, a rollout and an outage under a stream of pods; other injectors; two revisions
 //	podsecurity_test.go     what Pod Security enforces, and the seccomp profile for AF_VSOCK
+//	doctor_test.go          cloister doctor finds what is broken, and nothing else
 //	layers_test.go          images that are wrong, slow or not there
 //	images_test.go       tags, pull secrets, and pods that were injected offline
 //	rollout_test.go         a rolling restart without a failed request
