@@ -57,13 +57,7 @@ func caseOptions(t *testing.T, dir string) inject.Options {
 	return options
 }
 
-// injectWith injects with resolveTag in place of registries.
-func injectWith(t *testing.T, stdin string, output string) result {
-	t.Helper()
-	return injectAs(t, installation, stdin, output)
-}
-
-// injectAs is injectWith for another installation or namespace.
+// injectAs injects as an installation does in a namespace, with resolveTag in place of registries.
 func injectAs(t *testing.T, options inject.Options, stdin string, output string) result {
 	t.Helper()
 	var out, errs bytes.Buffer
