@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// timeout is for one look-up. The API server waits for an admission for 5 s.
-	timeout = 3 * time.Second
+	// longest is how long one look-up may take. The API server waits for an admission for 5 s.
+	longest = 3 * time.Second
 	// keep is how long a tag has the digest that was seen last.
 	keep = 30 * time.Second
 	// keepFailure is how long a registry that failed is not asked for the same again: replicas come in crowds.
@@ -36,9 +36,10 @@ const (
 
 // Resolver resolves tags. It must be made by New.
 type Resolver struct {
-	client registry.Client
-	log    *slog.Logger
-	now    func() time.Time
+	client  registry.Client
+	log     *slog.Logger
+	now     func() time.Time
+	timeout time.Duration
 
 	lookups singleflight.Group
 	slots   chan struct{}
@@ -68,7 +69,7 @@ func New(plainHTTP []string, log *slog.Logger) *Resolver {
 }
 
 func newResolver(client registry.Client, log *slog.Logger, now func() time.Time) *Resolver {
-	return &Resolver{client: client, log: log, now: now, slots: make(chan struct{}, atOnce), answers: map[string]answer{}}
+	return &Resolver{client: client, log: log, now: now, timeout: longest, slots: make(chan struct{}, atOnce), answers: map[string]answer{}}
 }
 
 // refuse is the Control of a net.Dialer: it sees the address behind a name.
@@ -89,10 +90,8 @@ var awsMetadata = netip.MustParseAddr("fd00:ec2::254")
 // Resolve returns image, a reference without digest, with the digest that its registry has for it. The
 // error is a sentence for the author of the pod.
 func (r *Resolver) Resolve(ctx context.Context, image string) (string, error) {
-	r.mu.Lock()
-	a, ok := r.answers[image]
-	r.mu.Unlock()
-	if !ok || !r.now().Before(a.until) {
+	a, ok := r.kept(image)
+	if !ok {
 		done := r.lookups.DoChan(image, func() (any, error) { return r.lookUp(image), nil })
 		select {
 		case got := <-done:
@@ -107,9 +106,21 @@ func (r *Resolver) Resolve(ctx context.Context, image string) (string, error) {
 	return a.pinned, nil
 }
 
+// kept returns what became of an image, unless that is too long ago.
+func (r *Resolver) kept(image string) (answer, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a, ok := r.answers[image]
+	return a, ok && r.now().Before(a.until)
+}
+
 // lookUp asks the registry, on behalf of all who wait for the same image.
 func (r *Resolver) lookUp(image string) answer {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	// Another look-up may have ended since the caller looked.
+	if a, ok := r.kept(image); ok {
+		return a
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), r.timeout)
 	defer cancel()
 	select {
 	case r.slots <- struct{}{}:
