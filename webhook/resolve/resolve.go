@@ -32,6 +32,11 @@ const (
 	keepFailure = 5 * time.Second
 	// most bounds the answers that are kept, atOnce the look-ups at one time.
 	most, atOnce = 4096, 64
+	// maxReference is the longest image reference that is looked at, in bytes: a host (RFC 1035) with its port, and
+	// name and tag as long as registries take them (OCI distribution specification, "Pulling manifests").
+	maxReference = 253 + len(":65535/") + 255 + len(":") + 128
+	// maxCause is what of a registry's answer is logged, in bytes.
+	maxCause = 1024
 )
 
 // Resolver resolves tags. It must be made by New.
@@ -90,6 +95,9 @@ var awsMetadata = netip.MustParseAddr("fd00:ec2::254")
 // Resolve returns image, a reference without digest, with the digest that its registry has for it. The
 // error is a sentence for the author of the pod.
 func (r *Resolver) Resolve(ctx context.Context, image string) (string, error) {
+	if len(image) > maxReference { // nobody has checked the pod yet, and the answer would be kept
+		return "", fmt.Errorf("its tag cannot be resolved: the reference has %d bytes, at most %d are possible", len(image), maxReference)
+	}
 	a, ok := r.kept(image)
 	if !ok {
 		done := r.lookups.DoChan(image, func() (any, error) { return r.lookUp(image), nil })
@@ -134,7 +142,8 @@ func (r *Resolver) lookUp(image string) answer {
 	a.until = r.now().Add(keep)
 	if a.err != nil {
 		a.until = r.now().Add(keepFailure)
-		r.log.Warn("tag not resolved", "image", image, "error", a.err.Error(), "cause", fmt.Sprint(errors.Unwrap(a.err)))
+		r.log.Warn("tag not resolved", "image", image, "error", a.err.Error(), "cause", fmt.Sprintf("%.*s", maxCause, fmt.Sprint(errors.Unwrap(a.err))))
+		a.err = errors.New(a.err.Error()) // only the sentence is kept: what is behind it has what the registry sent
 	} else {
 		r.log.Info("tag resolved", "image", a.pinned, "duration", r.now().Sub(begin).String())
 	}

@@ -1,6 +1,7 @@
 package resolve
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -180,6 +181,37 @@ func TestBounded(t *testing.T) {
 	}
 	if n := len(r.answers); n > most || n < 10 {
 		t.Errorf("%d answers are kept", n)
+	}
+}
+
+// TestBoundedBytes: neither a long reference nor what a registry sends is kept.
+func TestBoundedBytes(t *testing.T) {
+	body := strings.Repeat("x", 32<<10)
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, body, http.StatusInternalServerError)
+	}))
+	t.Cleanup(s.Close)
+	var logged bytes.Buffer
+	c := &clock{now: time.Unix(1, 0)}
+	r := newResolver(registry.Client{PlainHTTP: []string{"127.0.0.1"}}, slog.New(slog.NewJSONHandler(&logged, nil)), c.Now)
+	for _, image := range []string{strings.Repeat("a", maxReference+1), strings.Repeat("A", 1<<20)} {
+		if _, err := r.Resolve(t.Context(), image); err == nil || !strings.Contains(err.Error(), "at most 644 are possible") {
+			t.Errorf("a long reference: %.200v", err)
+		}
+	}
+	if len(r.answers) != 0 {
+		t.Errorf("%d answers about long references are kept", len(r.answers))
+	}
+	if _, err := r.Resolve(t.Context(), s.Listener.Addr().String()+"/app:1"); err == nil || !strings.Contains(err.Error(), "HTTP status 500") {
+		t.Errorf("%.200v", err)
+	}
+	for image, a := range r.answers {
+		if kept := fmt.Sprintf("%#v", a.err); len(kept) > 1024 || errors.Unwrap(a.err) != nil {
+			t.Errorf("%s: %d bytes are kept", image, len(kept))
+		}
+	}
+	if logged.Len() > 4*maxCause {
+		t.Errorf("%d bytes were logged", logged.Len())
 	}
 }
 
