@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -129,6 +130,23 @@ func TestGarbage(t *testing.T) {
 		if r := review(t, h, []byte(object)); r.Allowed {
 			t.Errorf("%s was allowed", object)
 		}
+	}
+}
+
+// TestClaimedLength: who says that much will come gets no memory before it has come.
+func TestClaimedLength(t *testing.T) {
+	h := New(options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry()).HTTP()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range 10 {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/inject", strings.NewReader("{}"))
+		r.Header.Set("Content-Type", "application/json")
+		r.ContentLength = maxReview
+		h.ServeHTTP(httptest.NewRecorder(), r)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 10*2*usualReview {
+		t.Errorf("10 requests took %d bytes", n)
 	}
 }
 

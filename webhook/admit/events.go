@@ -31,6 +31,8 @@ const (
 	maxMessage = 1024
 	// maxOwners is how many owners are remembered before all are forgotten.
 	maxOwners = 1024
+	// maxOwner is how long the strings of an owner may be together, in bytes: two names, a kind and a uid.
+	maxOwner = 1024
 )
 
 // Events reports denied pods on what creates them: nobody else sees the answer to a ReplicaSet or a Job. Equal
@@ -41,9 +43,15 @@ type Events struct {
 	log      *slog.Logger
 	waiting  chan denial
 	dropped  prometheus.Counter
-	owners   map[types.UID]*corev1.ObjectReference // by the uid of the pod's own owner
+	owners   map[ownerKey]*corev1.ObjectReference // by the pod's own owner
 	recorder record.EventRecorder
 	stop     func()
+}
+
+// ownerKey has a namespace since who creates a pod may name any uid as its owner's.
+type ownerKey struct {
+	namespace string
+	uid       types.UID
 }
 
 type denial struct {
@@ -56,7 +64,7 @@ type denial struct {
 // NewEvents returns an Events that writes with c once it runs. Its metric is registered with reg.
 func NewEvents(c client.Client, log *slog.Logger, reg prometheus.Registerer) *Events {
 	e := &Events{
-		client: c, log: log, waiting: make(chan denial, maxWaiting), owners: map[types.UID]*corev1.ObjectReference{},
+		client: c, log: log, waiting: make(chan denial, maxWaiting), owners: map[ownerKey]*corev1.ObjectReference{},
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "injection_events_dropped_total", Help: "Denials that were not reported as Events because too many waited.",
 		}),
@@ -98,7 +106,8 @@ func (e *Events) denied(req *admissionv1.AdmissionRequest, errs field.ErrorList)
 		return
 	}
 	owner := metav1.GetControllerOf(&pod)
-	if owner == nil {
+	// Nobody has checked the pod yet, and some of its owner is kept.
+	if owner == nil || len(owner.APIVersion)+len(owner.Kind)+len(owner.Name)+len(owner.UID) > maxOwner {
 		return
 	}
 	reason, sentence := inject.ReasonOf(errs[0])
@@ -119,7 +128,8 @@ var above = map[string]string{"ReplicaSet": "apps/v1", "Job": "batch/v1"}
 // about is the object that a person deals with: the Deployment behind a ReplicaSet, the CronJob behind a Job, else the
 // pod's controller.
 func (e *Events) about(ctx context.Context, namespace string, owner metav1.OwnerReference) (*corev1.ObjectReference, error) {
-	if ref := e.owners[owner.UID]; ref != nil {
+	key := ownerKey{namespace, owner.UID}
+	if ref := e.owners[key]; ref != nil {
 		return ref, nil
 	}
 	of := &owner
@@ -138,7 +148,7 @@ func (e *Events) about(ctx context.Context, namespace string, owner metav1.Owner
 		clear(e.owners)
 	}
 	ref := &corev1.ObjectReference{APIVersion: of.APIVersion, Kind: of.Kind, Namespace: namespace, Name: of.Name, UID: of.UID}
-	e.owners[owner.UID] = ref
+	e.owners[key] = ref
 	return ref, nil
 }
 

@@ -104,6 +104,29 @@ func TestEvents(t *testing.T) {
 	}
 }
 
+// TestForgedOwner: a pod that names another namespace's owner by its uid changes nothing there, and an owner of any
+// size is not kept.
+func TestForgedOwner(t *testing.T) {
+	e := NewEvents(fake.NewClientBuilder().Build(), slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	owner := metav1.OwnerReference{APIVersion: "apps/v1", Kind: "StatefulSet", Name: "db", UID: "uid"}
+	forged := owner
+	forged.Name = "forged"
+	for _, of := range []struct {
+		namespace string
+		owner     metav1.OwnerReference
+	}{{"evil", forged}, {"payments", owner}} {
+		got, err := e.about(t.Context(), of.namespace, of.owner)
+		if err != nil || got.Namespace != of.namespace || got.Name != of.owner.Name {
+			t.Errorf("%s: %+v, %v", of.namespace, got, err)
+		}
+	}
+	h := New(options, nil, e, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	send(t, h, typo("apps/v1", "StatefulSet", strings.Repeat("x", 1<<20)), false)
+	if n := len(e.waiting); n != 0 {
+		t.Errorf("%d denials wait", n)
+	}
+}
+
 // TestEventsNeverBlock: nobody reads them, and pods are answered.
 func TestEventsNeverBlock(t *testing.T) {
 	reg := prometheus.NewRegistry()

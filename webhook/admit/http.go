@@ -16,6 +16,9 @@ import (
 // one, and what else is in a request, as in controller-runtime.
 const maxReview = 7 << 20
 
+// usualReview is what a review hardly exceeds, in bytes.
+const usualReview = 64 << 10
+
 // HTTP serves admission reviews of the API admission.k8s.io/v1. It stands in for the server of
 // controller-runtime's Webhook, which decodes a review twice and builds a logger of six values: that costs as
 // much as the whole decision. Panics are answered as there.
@@ -44,8 +47,9 @@ func readReview(w http.ResponseWriter, r *http.Request) (*admissionv1.AdmissionR
 		return nil, fmt.Errorf("the content type is %q: send application/json", t)
 	}
 	var body bytes.Buffer
-	if r.ContentLength > 0 && r.ContentLength <= maxReview {
-		body.Grow(int(r.ContentLength) + bytes.MinRead) // ReadFrom grows a buffer that has less room
+	if r.ContentLength > 0 {
+		// ReadFrom grows a buffer that has less room. Who says that much will come has not sent it yet.
+		body.Grow(int(min(r.ContentLength, usualReview)) + bytes.MinRead)
 	}
 	if _, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxReview)); err != nil {
 		return nil, fmt.Errorf("read request: %w", err)
