@@ -394,6 +394,9 @@ func TestProbes(t *testing.T) {
 	}
 	check("bad query", "/probe/liveness?timeout=soon", 400)
 	check("bad query", "/probe/liveness?delay=-1s", 400)
+	check("flood", "/probe/liveness?period=0s", 400)
+	check("flood", "/probe/liveness?period=999ms", 400)
+	check("flood", "/probe/readiness?timeout=1ms", 400)
 	check("other", "/probe/exec", 404)
 	if len(asked) != 4 || asked[0].GetKind() != channel.ProbeKind_PROBE_KIND_LIVENESS || asked[0].GetTimeoutMs() != 3000 || asked[0].GetMaxAgeMs() != 10_000 ||
 		asked[1].GetKind() != channel.ProbeKind_PROBE_KIND_READINESS || asked[1].GetTimeoutMs() != 1000 || asked[1].GetMaxAgeMs() != 5000 {

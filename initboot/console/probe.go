@@ -15,6 +15,9 @@ import (
 const (
 	defaultTimeout = time.Second
 	defaultPeriod  = 10 * time.Second
+	// least is the kubelet's least time-out and period. Everybody who reaches the pod can ask, and with less could
+	// have the workload probed without end, while the kubelet's own probes wait for their turn.
+	least = time.Second
 )
 
 // Handler answers the kubelet:
@@ -36,9 +39,9 @@ func (c *Console) Handler() http.Handler {
 func (c *Console) probe(kind channel.ProbeKind, early int) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p := params{query: r.URL.Query()}
-		timeout := p.duration("timeout", defaultTimeout)
-		period := p.duration("period", defaultPeriod)
-		delay := p.duration("delay", 0)
+		timeout := p.duration("timeout", least, defaultTimeout)
+		period := p.duration("period", least, defaultPeriod)
+		delay := p.duration("delay", 0, 0)
 		if p.err != nil {
 			http.Error(w, p.err.Error(), http.StatusBadRequest)
 			return
@@ -74,13 +77,13 @@ type params struct {
 	err   error
 }
 
-func (p *params) duration(name string, otherwise time.Duration) time.Duration {
+func (p *params) duration(name string, least, otherwise time.Duration) time.Duration {
 	v := p.query[name]
 	if len(v) == 0 {
 		return otherwise
 	}
 	d, err := time.ParseDuration(v[0])
-	if err == nil && (d < 0 || d > 24*time.Hour) {
+	if err == nil && (d < least || d > 24*time.Hour) {
 		err = fmt.Errorf("%s is out of range", d)
 	}
 	if err != nil && p.err == nil {
