@@ -2,6 +2,7 @@ package workload
 
 import (
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 )
@@ -23,16 +24,17 @@ var refusedEnv = []string{
 	"NIS_PATH", "NLSPATH", "RES_OPTIONS", "RESOLV_*",
 	// Which programs are run, and what shells read before anything else.
 	"PATH", "HOME", "SHELL", "IFS", "ENV", "BASH_ENV", "BASH_FUNC_*", "BASHOPTS", "SHELLOPTS", "CDPATH", "FPATH", "PS4", "PROMPT_COMMAND", "ZDOTDIR",
-	"LESSOPEN", "LESSCLOSE", "GIT_*", "KUBECONFIG", "XDG_*",
+	"LESSOPEN", "LESSCLOSE", "GIT_*", "KUBECONFIG", "XDG_*", "CURL_HOME", "WGETRC", "NETRC", "MAGICK_*",
 	// Languages and their runtimes.
-	"PYTHON*", "PIP_*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "PHPRC", "PHP_INI_SCAN_DIR", "LUA_*", "R_ENVIRON*", "R_LIBS*", "R_PROFILE*", "ERL_*", "ELIXIR_ERL_OPTIONS",
-	"NODE_OPTIONS", "NODE_PATH", "NODE_EXTRA_CA_CERTS", "NODE_TLS_REJECT_UNAUTHORIZED", "NODE_REPL_*", "BUN_*", "DENO_*",
-	"JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "JAVA_OPTS", "JAVA_HOME", "CATALINA_OPTS", "CLASSPATH",
-	"DOTNET_STARTUP_HOOKS", "DOTNET_ADDITIONAL_DEPS", "DOTNET_SHARED_STORE", "CORECLR_*", "COR_*", "GODEBUG",
+	"PYTHON*", "PIP_*", "GUNICORN_CMD_ARGS", "UWSGI_*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "PHPRC", "PHP_INI_SCAN_DIR", "LUA_*", "R_ENVIRON*", "R_LIBS*", "R_PROFILE*", "ERL_*", "ELIXIR_ERL_OPTIONS", "JULIA_*", "TCLLIBPATH",
+	"NODE_OPTIONS", "NODE_PATH", "NODE_EXTRA_CA_CERTS", "NODE_TLS_REJECT_UNAUTHORIZED", "NODE_REPL_*", "NODE_COMPILE_CACHE", "BUN_*", "DENO_*",
+	"JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "IBM_JAVA_OPTIONS", "OPENJ9_JAVA_OPTIONS", "JAVA_OPTS*", "JAVA_HOME", "CATALINA_OPTS", "CLASSPATH", "LOADER_PATH",
+	"DOTNET_STARTUP_HOOKS", "DOTNET_ADDITIONAL_DEPS", "DOTNET_SHARED_STORE", "DOTNET_GCName", "DOTNET_GCPath", "COMPlus_GCName", "COMPlus_GCPath", "DOTNET_HOSTINGSTARTUPASSEMBLIES", "ASPNETCORE_HOSTINGSTARTUPASSEMBLIES", "CORECLR_*", "COR_*", "GODEBUG",
 	// Whom a program trusts, and where it writes its keys.
 	"SSL_CERT_*", "SSLKEYLOGFILE", "OPENSSL_*", "GNUTLS_*", "KRB5_*", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+	"LDAPTLS_*", "PGSSLROOTCERT", "PGSYSCONFDIR", "PGSERVICEFILE",
 	// Whom it talks to.
-	"AWS_ENDPOINT_URL*", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+	"AWS_ENDPOINT_URL*", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_DATA_PATH", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "BOTO_CONFIG",
 	// Kept for Cloister.
 	"CLOISTER_*",
 }
@@ -69,15 +71,15 @@ func (m *Manifest) CheckHostEnv(name string) error {
 }
 
 // Directories over which nothing of the host is mounted: those of the first list with all that is below,
-// of the second themselves. What names accounts, hosts, libraries and trusted certificates is in the first.
+// of the second themselves, as are home directories: programs read what they run from there. What names accounts, hosts, libraries and trusted certificates is in the first.
 var (
 	systemTrees = []string{
 		"/bin", "/boot", "/dev", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sbin", "/sys",
 		"/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/libx32", "/usr/sbin",
 		"/usr/local/bin", "/usr/local/include", "/usr/local/lib", "/usr/local/lib64", "/usr/local/libexec", "/usr/local/sbin",
-		"/usr/share/ca-certificates", "/usr/local/share/ca-certificates",
+		"/usr/share/ca-certificates", "/usr/local/share/ca-certificates", "/usr/local/ssl", "/var/lib/ca-certificates",
 		"/etc/alternatives", "/etc/bash.bashrc", "/etc/bashrc", "/etc/ca-certificates", "/etc/ca-certificates.conf", "/etc/crypto-policies", "/etc/environment",
-		"/etc/gai.conf", "/etc/gitconfig", "/etc/group", "/etc/gshadow", "/etc/host.conf", "/etc/hostname", "/etc/hosts", "/etc/inputrc",
+		"/etc/gai.conf", "/etc/gitconfig", "/etc/gnutls", "/etc/group", "/etc/gshadow", "/etc/host.conf", "/etc/hostname", "/etc/hosts", "/etc/inputrc", "/etc/krb5.conf", "/etc/krb5.conf.d",
 		"/etc/mtab", "/etc/nsswitch.conf", "/etc/pam.d", "/etc/passwd", "/etc/pki", "/etc/profile", "/etc/profile.d",
 		"/etc/resolv.conf", "/etc/security", "/etc/shadow", "/etc/shells", "/etc/ssl", "/etc/subgid", "/etc/subuid", "/etc/sudoers", "/etc/sudoers.d",
 	}
@@ -88,7 +90,7 @@ var (
 func CheckHostPath(p string) error {
 	below := func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
 	switch {
-	case slices.Contains(systemDirs, p), slices.ContainsFunc(systemTrees, below), strings.HasPrefix(p, "/etc/ld.so"), strings.HasPrefix(p, "/etc/ld-musl-"):
+	case slices.Contains(systemDirs, p), path.Dir(p) == "/home", slices.ContainsFunc(systemTrees, below), strings.HasPrefix(p, "/etc/ld.so"), strings.HasPrefix(p, "/etc/ld-musl-"):
 		return fmt.Errorf("%s belongs to the system inside the enclave, and the host cannot supply it: mount it at a path of its own, such as /etc/app", p)
 	case slices.ContainsFunc(strings.Split(p, "/"), func(s string) bool { return strings.HasPrefix(s, "..") }):
 		return fmt.Errorf("%s has a part that begins with .., which is kept for updates: choose another", p)

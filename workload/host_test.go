@@ -14,6 +14,9 @@ func TestRefusedEnv(t *testing.T) {
 		"SSL_CERT_FILE": true, "SSLKEYLOGFILE": true, "AWS_ENDPOINT_URL": true, "AWS_ENDPOINT_URL_S3": true, "AWS_REGION": false, "npm_config_registry": true,
 		"GODEBUG": true, "GOMEMLIMIT": false, "GOMAXPROCS": false, "GLIBC_TUNABLES": true, "PERL5OPT": true, "RUBYOPT": true, "LUA_PATH_5_4": true, "GIT_SSH_COMMAND": true,
 		"R_LIBS": true, "R_MODE": false, "CLOISTER_X": true, "DB_PASSWORD": false, "": false, "DOTNET_ENVIRONMENT": false, "BASH_FUNC_ls%%": true,
+		"GUNICORN_CMD_ARGS": true, "UWSGI_IMPORT": true, "NODE_COMPILE_CACHE": true, "IBM_JAVA_OPTIONS": true, "JAVA_OPTS_APPEND": true, "LOADER_PATH": true, "DOTNET_GCName": true, "DOTNET_GCHeapHardLimit": false, "COMPlus_GCName": true,
+		"ASPNETCORE_HOSTINGSTARTUPASSEMBLIES": true, "ASPNETCORE_URLS": false, "JULIA_LOAD_PATH": true, "MAGICK_CONFIGURE_PATH": true, "CURL_HOME": true, "PGSYSCONFDIR": true, "PGHOST": false,
+		"LDAPTLS_REQCERT": true, "AWS_DATA_PATH": true, "AWS_EC2_METADATA_SERVICE_ENDPOINT": true, "AWS_PROFILE": false,
 	} {
 		if got := RefusedEnv(name); got != want {
 			t.Errorf("RefusedEnv(%q) = %v", name, got)
@@ -28,6 +31,8 @@ func TestCheckHostPath(t *testing.T) {
 		"/": false, "/etc": false, "/usr": false, "/run": false, "/var/run": false, "/bin": false, "/bin/sh": false, "/binary": true, "/lib/x": false, "/lib64": false,
 		"/usr/bin/app": false, "/usr/local/lib/python3": false, "/proc/1": false, "/sys": false, "/dev/shm/x": false,
 		"/etc/passwd": false, "/etc/hosts": false, "/etc/resolv.conf": false, "/etc/ld.so.preload": false, "/etc/ld.so.conf.d/x.conf": false, "/etc/ld-musl-x86_64.path": false, "/etc/ssl/certs": false, "/etc/pki": false,
+		// What programs read from their home directory: .bashrc, .local/lib/python3/site-packages, .npmrc.
+		"/home/app": false, "/home/app/config": true, "/var/lib/ca-certificates/pem": false, "/usr/local/ssl": false, "/usr/local/ssl-of-mine": true, "/etc/gnutls/config": false, "/etc/krb5.conf.d": false,
 	} {
 		if err := CheckHostPath(p); (err == nil) != want {
 			t.Errorf("%s: %v", p, err)
