@@ -102,10 +102,16 @@ type started struct {
 
 func start(t *testing.T, root string, m *workload.Manifest, c *image.Config) (*started, error) {
 	t.Helper()
+	return startWith(t, root, m, c)
+}
+
+func startWith(t *testing.T, root string, m *workload.Manifest, c *image.Config, binds ...Bind) (*started, error) {
+	t.Helper()
 	spec, err := NewSpec(m, c, root, 8<<20, host.Env{})
 	if err != nil {
 		return nil, err
 	}
+	spec.Binds = binds
 	outR, outW, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -242,6 +248,44 @@ func TestRestricted(t *testing.T) {
 	got.Dev, got.Root, got.Hosts = nil, nil, ""
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("facts (-want +got):\n%s", diff)
+	}
+}
+
+// TestHostMount: the host's files lie where the manifest says, also behind a link of the image, but never over the
+// system by way of one.
+func TestHostMount(t *testing.T) {
+	for name, tt := range map[string]struct{ link, to, mount, refused string }{
+		"no link":                    {mount: "/srv/deep/app"},
+		"a link":                     {link: "srv", to: "/mnt", mount: "/srv/app"},
+		"below a link to the system": {link: "mnt/config", to: "/etc", mount: "/mnt/config/ssl/certs", refused: "/etc/ssl/certs"},
+		"a link to the system":       {link: "mnt/certs", to: "../etc", mount: "/mnt/certs", refused: "/etc"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root, source := newImage(t), t.TempDir()
+			if err := os.WriteFile(filepath.Join(source, "file"), []byte("the host's"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			if tt.link != "" {
+				if err := os.Symlink(tt.to, filepath.Join(root, tt.link)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			m := manifest("/app", "put", "text", tt.mount+"/file")
+			m.Mounts = []workload.Mount{{Path: tt.mount, Kind: workload.MountHost}}
+			s, err := startWith(t, root, m, &image.Config{}, Bind{Source: source, Target: tt.mount, ReadOnly: true})
+			if tt.refused != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.refused+" belongs to the system") {
+					t.Errorf("got %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if stdout, stderr, status := s.finish(t); !strings.Contains(stdout, "the host's") {
+				t.Errorf("%q, %q, status %d", stdout, stderr, status)
+			}
+		})
 	}
 }
 

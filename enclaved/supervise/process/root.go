@@ -274,6 +274,9 @@ func userMounts(s *Spec, bind func(int) error) (bound map[int]bool, err error) {
 			if j < 0 {
 				return nil, fmt.Errorf("nothing is there to mount at %s", m.Path)
 			}
+			if err := checkHostMount(m.Path); err != nil {
+				return nil, err
+			}
 			if err := bind(j); err != nil {
 				return nil, err
 			}
@@ -293,4 +296,22 @@ func userMounts(s *Spec, bind func(int) error) (bound map[int]bool, err error) {
 		}
 	}
 	return bound, nil
+}
+
+// checkHostMount refuses a mount of the host's at a path that a link of the image leads to the system.
+func checkHostMount(target string) error {
+	rest := ""
+	for dir := target; ; dir = filepath.Dir(dir) {
+		real, err := filepath.EvalSymlinks(dir)
+		switch {
+		case err == nil:
+			if err := workload.CheckHostPath(filepath.Join(real, rest)); err != nil {
+				return fmt.Errorf("mount %s: %w", target, err)
+			}
+			return nil
+		case !errors.Is(err, fs.ErrNotExist):
+			return fmt.Errorf("mount %s: %w", target, err)
+		}
+		rest = filepath.Join(filepath.Base(dir), rest)
+	}
 }
