@@ -64,10 +64,16 @@ func (m *Manifest) CheckHostEnv(name string) error {
 	switch {
 	case name == "" || strings.ContainsAny(name, "=\x00"):
 		return fmt.Errorf("env name %q must not be empty or contain = or NUL", name)
-	case RefusedEnv(name) && !slices.Contains(m.HostEnv, name):
+	case RefusedEnv(name) && !m.mayHost(name):
 		return fmt.Errorf("env %s cannot be supplied by the host, which could change with it what the workload runs or whom it trusts: write its value into the pod, or name it in hostEnv", name)
 	}
 	return nil
+}
+
+// mayHost tells whether HostEnv, which is in ascending order, names a variable.
+func (m *Manifest) mayHost(name string) bool {
+	_, ok := slices.BinarySearch(m.HostEnv, name)
+	return ok
 }
 
 // Directories over which nothing of the host is mounted: those of the first list with all that is below,
@@ -100,9 +106,12 @@ func CheckHostPath(p string) error {
 
 // validateHost checks what the host supplies: names of variables and paths of mounts.
 func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...string)) {
-	names := make(map[string]int, len(m.Env))
+	names, supplied := make(map[string]int, len(m.Env)), map[string]bool{}
 	for _, e := range m.Env {
 		names[e.Name]++
+		if e.Host {
+			supplied[e.Name] = true
+		}
 	}
 	for _, e := range m.Env {
 		if e.Name == "" || strings.Contains(e.Name, "=") {
@@ -132,7 +141,7 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 		if !RefusedEnv(name) {
 			bad("hostEnv %q must be left out: the host may supply it without being named here", name)
 		}
-		if !m.EnvFrom && !slices.Contains(m.Env, EnvVar{Name: name, Host: true}) {
+		if !m.EnvFrom && !supplied[name] {
 			bad("hostEnv %q must be left out: the host supplies no variable of this name", name)
 		}
 	}

@@ -113,6 +113,13 @@ func TestNearest(t *testing.T) {
 			t.Errorf("Nearest(%q) = %q, want %q", word, got, want)
 		}
 	}
+	long := strings.Repeat("a", 254)
+	if got := Nearest(long, []string{long}); got != "" {
+		t.Errorf("a word longer than any name is compared")
+	}
+	if got := Nearest(long[1:], []string{long, long[2:]}); got != long[2:] {
+		t.Errorf("Nearest to a long name = %q", got)
+	}
 }
 
 // FuzzParse: a config is either refused with a reason or within its limits.

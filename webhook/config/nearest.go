@@ -1,10 +1,18 @@
 package config
 
 // Nearest returns the known word that somebody who wrote word most likely meant: the one with the
-// fewest edits, if that is at most a third of its length, else "".
+// fewest edits, if that is at most a third of its length, else "". Words longer than any name of Kubernetes have none:
+// whoever may create pods chooses both, and the comparison takes time by the product of their lengths.
 func Nearest(word string, known []string) string {
+	const longest = 253
+	if len(word) > longest {
+		return ""
+	}
 	best, bestDistance := "", 0
 	for _, k := range known {
+		if len(k) > longest {
+			continue
+		}
 		d := distance(word, k)
 		if d <= (len(k)+2)/3 && (best == "" || d < bestDistance) {
 			best, bestDistance = k, d

@@ -57,8 +57,12 @@ func (p *problems) env(cp *field.Path, c *corev1.Container, cfg *config.EnclaveC
 		}
 		m.EnvFrom = true
 	}
+	supplied := map[string]bool{}
+	for _, e := range m.Env {
+		supplied[e.Name] = supplied[e.Name] || e.Host
+	}
 	for _, name := range cfg.HostEnv {
-		if !m.EnvFrom && !slices.Contains(m.Env, workload.EnvVar{Name: name, Host: true}) {
+		if !m.EnvFrom && !supplied[name] {
 			p.forbid(annotationsPath.Key(annotation.Config).Child("hostEnv").Key(name), fmt.Sprintf("container %s has neither envFrom nor a valueFrom for it: remove it", c.Name))
 		}
 	}

@@ -2,7 +2,6 @@ package inject
 
 import (
 	"net/netip"
-	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -14,6 +13,12 @@ import (
 // an address of its own there.
 func (p *problems) hostAliases(spec *corev1.PodSpec, m *workload.Manifest) []workload.HostAlias {
 	var out []workload.HostAlias
+	egress := map[string]bool{}
+	for _, e := range m.Egress {
+		if host, _, err := workload.ParseEndpoint(e); err == nil {
+			egress[host] = true
+		}
+	}
 	for i, a := range spec.HostAliases {
 		at := specPath.Child("hostAliases").Index(i)
 		ip, err := netip.ParseAddr(a.IP)
@@ -22,7 +27,7 @@ func (p *problems) hostAliases(spec *corev1.PodSpec, m *workload.Manifest) []wor
 			continue
 		}
 		for j, name := range a.Hostnames {
-			if slices.ContainsFunc(m.Egress, func(e string) bool { host, _, err := workload.ParseEndpoint(e); return err == nil && host == name }) {
+			if egress[name] {
 				p.forbid(at.Child("hostnames").Index(j), name+" is in egress, which gives it an address inside the enclave: remove it from one of the two")
 			}
 		}

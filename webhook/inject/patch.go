@@ -43,6 +43,9 @@ func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver
 		}
 		return nil, nil, nil
 	}
+	if errs := tooMany(meta, spec); len(errs) > 0 {
+		return nil, nil, errs
+	}
 	if injected(spec) {
 		ops, errs := again(meta, spec, opts)
 		return ops, nil, errs
@@ -281,18 +284,20 @@ func overlay(base, over map[string]any) {
 // without its source it would look like an emptyDir.
 func unknownVolumes(pod []byte, spec *corev1.PodSpec, index int) field.ErrorList {
 	p := &problems{}
+	var raw struct {
+		Spec struct {
+			Volumes []map[string]json.RawMessage `json:"volumes"`
+		} `json:"spec"`
+	}
 	for j, m := range spec.Containers[index].VolumeMounts {
 		k := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
 		if k < 0 || spec.Volumes[k].VolumeSource != (corev1.VolumeSource{}) {
 			continue
 		}
-		var raw struct {
-			Spec struct {
-				Volumes []map[string]json.RawMessage `json:"volumes"`
-			} `json:"spec"`
-		}
-		if err := decode(pod, &raw); err != nil {
-			return undecodable(err)
+		if raw.Spec.Volumes == nil {
+			if err := decode(pod, &raw); err != nil {
+				return undecodable(err)
+			}
 		}
 		if len(raw.Spec.Volumes[k]) > 1 {
 			p.forbid(containersPath.Index(index).Child("volumeMounts").Index(j),

@@ -20,6 +20,9 @@ type Resolver func(ctx context.Context, image string) (pinned string, err error)
 
 // DeriveTagged is Derive for a pod whose container in the enclave may be named by tag, as in PatchTagged.
 func DeriveTagged(ctx context.Context, meta *metav1.ObjectMeta, spec *corev1.PodSpec, resolve Resolver) (m *workload.Manifest, image string, warnings []string, errs field.ErrorList) {
+	if errs := tooMany(meta, spec); len(errs) > 0 {
+		return nil, "", nil, errs
+	}
 	d, errs := decide(ctx, meta, spec, Options{}, resolve)
 	if len(errs) > 0 {
 		return nil, "", nil, errs
