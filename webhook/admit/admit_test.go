@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -147,6 +149,52 @@ func TestClaimedLength(t *testing.T) {
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > 10*2*usualReview {
 		t.Errorf("10 requests took %d bytes", n)
+	}
+}
+
+// TestLargeReviews: of those only some are worked on at a time, and the usual ones do not wait for them.
+func TestLargeReviews(t *testing.T) {
+	h := New(options, nil, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry()).HTTP()
+	serve := func(ctx context.Context, body io.Reader, length int64) int {
+		r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/inject", body)
+		r.Header.Set("Content-Type", "application/json")
+		r.ContentLength = length
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	var slow sync.WaitGroup
+	var bodies []*io.PipeWriter
+	for i := range largeAtOnce {
+		r, w := io.Pipe()
+		bodies = append(bodies, w)
+		length := int64(-1)
+		if i > 0 {
+			length = usualReview + 1
+		}
+		slow.Go(func() {
+			if code := serve(t.Context(), r, length); code != http.StatusBadRequest {
+				t.Errorf("a slow one got %d", code)
+			}
+		})
+		if _, err := w.Write([]byte("{")); err != nil { // it has been let in
+			t.Fatal(err)
+		}
+	}
+	if code := serve(t.Context(), strings.NewReader("{"), 1); code != http.StatusBadRequest {
+		t.Errorf("a small one got %d", code)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if code := serve(gone, strings.NewReader("{"), usualReview+1); code != http.StatusServiceUnavailable {
+		t.Errorf("one too many got %d", code)
+	}
+	for _, w := range bodies {
+		w.Close()
+	}
+	slow.Wait()
+	if code := serve(t.Context(), strings.NewReader("{"), usualReview+1); code != http.StatusBadRequest {
+		t.Errorf("one afterwards got %d", code)
 	}
 }
 

@@ -2,9 +2,11 @@ package admit
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"time"
 
 	"github.com/go-logr/logr"
 	admissionv1 "k8s.io/api/admission/v1"
@@ -16,8 +18,15 @@ import (
 // one, and what else is in a request, as in controller-runtime.
 const maxReview = 7 << 20
 
-// usualReview is what a review hardly exceeds, in bytes.
-const usualReview = 64 << 10
+const (
+	// usualReview is what a review hardly exceeds, in bytes.
+	usualReview = 64 << 10
+	// largeAtOnce is how many larger ones are worked on at a time: each takes a multiple of its size, and who sends
+	// many must not take the memory that all pods of the cluster are decided about with.
+	largeAtOnce = 2
+	// patience is for one of those to wait: API servers wait no longer.
+	patience = 5 * time.Second
+)
 
 // HTTP serves admission reviews of the API admission.k8s.io/v1. It stands in for the server of
 // controller-runtime's Webhook, which decodes a review twice and builds a logger of six values: that costs as
@@ -25,7 +34,20 @@ const usualReview = 64 << 10
 func (h *Handler) HTTP() http.Handler {
 	// What is logged about a pod is logged once, in Handle.
 	hook := &admission.Webhook{Handler: h, LogConstructor: func(base logr.Logger, _ *admission.Request) logr.Logger { return base }}
+	large := make(chan struct{}, largeAtOnce)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength < 0 || r.ContentLength > usualReview {
+			// The context does not end with the client as long as there is something to read.
+			ctx, cancel := context.WithTimeout(r.Context(), patience)
+			defer cancel()
+			select {
+			case large <- struct{}{}:
+				defer func() { <-large }()
+			case <-ctx.Done():
+				http.Error(w, "too many large reviews at a time: try again later", http.StatusServiceUnavailable)
+				return
+			}
+		}
 		review, err := readReview(w, r)
 		if err != nil {
 			h.log.Error("request is no admission review", "error", err.Error())
