@@ -79,6 +79,10 @@ func TestPolicyCreate(t *testing.T) {
 			*p = *c.appPod(t, "app")
 			p.Annotations = map[string]string{"cloister.dev/enclav": "app"}
 		}, "was not injected"},
+		"in capitals": {func(p *corev1.Pod) {
+			*p = *c.appPod(t, "app")
+			p.Annotations = map[string]string{"Cloister.dev/enclave": "app"}
+		}, "was not injected"},
 		"annotation gone":     {func(p *corev1.Pod) { p.Annotations = nil }, "does not name a container"},
 		"names another":       {func(p *corev1.Pod) { p.Annotations["cloister.dev/enclave"] = "ap" }, "does not name a container"},
 		"without initboot":    {func(p *corev1.Pod) { p.Spec.InitContainers = inits(p)[1:] }, "was not injected"},
