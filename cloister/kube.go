@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -36,8 +37,11 @@ func findCluster(file, contextName string) (*kube, clientcmd.ClientConfig, error
 	rules.ExplicitPath = file
 	kubeconfig := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: contextName})
 	config, err := kubeconfig.ClientConfig()
-	if err != nil {
-		return nil, nil, fmt.Errorf("find the cluster: %w: name a kubeconfig in KUBECONFIG", err)
+	switch {
+	case clientcmd.IsEmptyConfig(err):
+		return nil, nil, errors.New("find the cluster: there is no kubeconfig: name one in KUBECONFIG")
+	case err != nil:
+		return nil, nil, fmt.Errorf("find the cluster: read the kubeconfig: %w", err)
 	}
 	k, err := connect(config)
 	return k, kubeconfig, err
