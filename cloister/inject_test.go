@@ -2,11 +2,8 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"cloister.dev/cloister/webhook/inject"
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // Images of the goldens in webhook/inject.
@@ -30,39 +28,14 @@ func callInject(t *testing.T, stdin string, args ...string) result {
 	return call(t, stdin, append([]string{"inject", "--initboot-image", initbootImage, "--sidecar-image", sidecarImage}, args...)...)
 }
 
-// resolveTag knows one digest for every tag, except of registries that are dead.
-func resolveTag(_ context.Context, image string) (string, error) {
-	if strings.HasPrefix(image, "dead.example/") {
-		return "", errors.New("its tag cannot be resolved: the registry dead.example does not answer in time")
-	}
-	return image + "@sha256:" + strings.Repeat("cd", 32), nil
-}
-
 var installation = inject.Options{Driver: inject.DriverProcess, InitbootImage: initbootImage, SidecarImage: sidecarImage}
 
-// caseOptions are those of a golden.
-func caseOptions(t *testing.T, dir string) inject.Options {
-	t.Helper()
-	options := installation
-	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return options
-	}
-	if err == nil {
-		err = yaml.UnmarshalStrict(data, &options)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return options
-}
-
-// injectAs injects as an installation does in a namespace, with resolveTag in place of registries.
+// injectAs injects as an installation does, in a namespace, with injecttest.ResolveTag in place of registries.
 func injectAs(t *testing.T, options inject.Options, stdin string, output string) result {
 	t.Helper()
 	var out, errs bytes.Buffer
 	i := injection{file: "-", output: output, options: options}
-	if err := i.run(t.Context(), resolveTag, strings.NewReader(stdin), &out, &errs); err != nil {
+	if err := i.run(t.Context(), injecttest.ResolveTag, strings.NewReader(stdin), &out, &errs); err != nil {
 		fmt.Fprintln(&errs, err)
 		return result{1, out.String(), errs.String()}
 	}
@@ -106,7 +79,7 @@ func TestInjectGolden(t *testing.T) {
 	for _, input := range inputs {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
-			pod, options := read(t, input), caseOptions(t, dir)
+			pod, options := read(t, input), injecttest.Options(t, dir, installation)
 			got := injectAs(t, options, pod, outputYAML)
 			if denied, err := os.ReadFile(filepath.Join(dir, "denied.txt")); err == nil {
 				got.want(t, 1, strings.Split(strings.TrimSpace(string(denied)), "\n")...)
@@ -138,7 +111,7 @@ func TestInjectGolden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			ops, _, _ := inject.PatchTagged(t.Context(), object, options, resolveTag)
+			ops, _, _ := inject.PatchTagged(t.Context(), object, options, injecttest.ResolveTag)
 			if ops == nil {
 				ops = []inject.Op{}
 			}

@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // pushed stores an image team/app:1.2 in a registry of this process and returns its reference and digest.
@@ -139,7 +141,7 @@ func FuzzPin(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in string) {
 		var out, again bytes.Buffer
 		p := pin{file: "-"}
-		if p.run(t.Context(), resolveTag, strings.NewReader(in), &out, io.Discard) != nil {
+		if p.run(t.Context(), injecttest.ResolveTag, strings.NewReader(in), &out, io.Discard) != nil {
 			if out.Len() > 0 {
 				t.Errorf("a failure prints %q", out.String())
 			}

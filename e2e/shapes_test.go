@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"cloister.dev/cloister/webhook/inject"
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // A real API server takes every pod as injection makes it: those of the goldens, and pods as other
@@ -33,14 +34,14 @@ func TestAccepted(t *testing.T) {
 	for _, file := range goldens {
 		pods[filepath.Base(filepath.Dir(file))] = readPod(t, file)
 	}
-	vectors, err := filepath.Glob("../../shared/vectors/pods/*.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range vectors {
-		for name, pod := range injected(t, readPod(t, file)) {
-			pods[strings.TrimSuffix(filepath.Base(file), ".yaml")+"/"+name] = pod
+	vectors := injecttest.Vectors(t, "..")
+	for name, pod := range vectors {
+		if pod := injected(t, pod); pod != nil {
+			pods[name] = pod
 		}
+	}
+	if len(vectors) > 0 && len(pods) == len(goldens) {
+		t.Error("none of the pods of other projects is injected")
 	}
 	for name, pod := range pods {
 		t.Run(name, func(t *testing.T) {
@@ -81,41 +82,25 @@ func readPod(t *testing.T, file string) []byte {
 	return pod
 }
 
-// injected returns a pod as injection makes it for each of its containers, with the image by digest, by
-// the container's name. A container that cannot run in an enclave is left out.
-func injected(t *testing.T, raw []byte) map[string][]byte {
+// injected returns a pod as injection makes it, or nil if what it asks for cannot run in an enclave.
+func injected(t *testing.T, pod []byte) []byte {
 	t.Helper()
-	out := map[string][]byte{}
-	var pod corev1.Pod
-	if err := json.Unmarshal(raw, &pod); err != nil {
+	ops, _, errs := inject.Patch(pod, inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot", SidecarImage: "sidecar"})
+	if len(errs) > 0 {
+		return nil
+	}
+	text, err := json.Marshal(ops)
+	if err != nil {
 		t.Fatal(err)
 	}
-	for i, c := range pod.Spec.Containers {
-		p := pod.DeepCopy()
-		metav1.SetMetaDataAnnotation(&p.ObjectMeta, "cloister.dev/enclave", c.Name)
-		image, _, _ := strings.Cut(c.Image, "@")
-		p.Spec.Containers[i].Image = image + "@sha256:" + strings.Repeat("ab", 32)
-		b, err := json.Marshal(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ops, _, errs := inject.Patch(b, inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot", SidecarImage: "sidecar"})
-		if len(errs) > 0 {
-			continue
-		}
-		text, err := json.Marshal(ops)
-		if err != nil {
-			t.Fatal(err)
-		}
-		patch, err := jsonpatch.DecodePatch(text)
-		if err == nil {
-			out[c.Name], err = patch.Apply(b)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+	patch, err := jsonpatch.DecodePatch(text)
+	if err == nil {
+		pod, err = patch.Apply(pod)
 	}
-	return out
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pod
 }
 
 // Pods of every kind of owner run, and each attests what `cloister measure` says of the owner's YAML.

@@ -24,7 +24,12 @@ import (
 	"cloister.dev/cloister/webhook/inject"
 )
 
-var options = inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot@sha256:1", SidecarImage: "sidecar@sha256:2"}
+// options are those of package inject's goldens.
+var options = inject.Options{
+	Driver:        inject.DriverProcess,
+	InitbootImage: "cloister.dev/initboot@sha256:" + strings.Repeat("1", 64),
+	SidecarImage:  "cloister.dev/sidecar@sha256:" + strings.Repeat("2", 64),
+}
 
 // review sends one pod through HTTP, as the API server does for a dry run.
 func review(t testing.TB, h *Handler, pod []byte) *admissionv1.AdmissionResponse {

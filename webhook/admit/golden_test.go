@@ -1,10 +1,7 @@
 package admit
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,37 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"sigs.k8s.io/yaml"
 
-	"cloister.dev/cloister/webhook/inject"
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
-
-// resolveTag knows one digest for every tag, except of registries that are dead.
-func resolveTag(_ context.Context, image string) (string, error) {
-	if strings.HasPrefix(image, "dead.example/") {
-		return "", errors.New("its tag cannot be resolved: the registry dead.example does not answer in time")
-	}
-	return image + "@sha256:" + strings.Repeat("cd", 32), nil
-}
-
-// caseOptions are those of package inject's goldens, with what <case>/options.yaml says.
-func caseOptions(t *testing.T, dir string) inject.Options {
-	t.Helper()
-	options := inject.Options{
-		Driver:        inject.DriverProcess,
-		InitbootImage: "cloister.dev/initboot@sha256:" + strings.Repeat("1", 64),
-		SidecarImage:  "cloister.dev/sidecar@sha256:" + strings.Repeat("2", 64),
-	}
-	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return options
-	}
-	if err == nil {
-		err = yaml.UnmarshalStrict(data, &options)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return options
-}
 
 // TestGolden runs the goldens of package inject through HTTP.
 func TestGolden(t *testing.T) {
@@ -58,10 +26,10 @@ func TestGolden(t *testing.T) {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
 			before := pod(t, filepath.Base(dir))
-			options := caseOptions(t, dir)
+			options := injecttest.Options(t, dir, options)
 			enforced := options.Enforced
 			options.Enforced = "" // it is the namespace's, not the installation's
-			h := New(options, resolveTag, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+			h := New(options, injecttest.ResolveTag, nil, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 			h.Enforced = func(string) string { return enforced }
 			r := review(t, h, before)
 			if denied, err := os.ReadFile(filepath.Join(dir, "denied.txt")); err == nil {

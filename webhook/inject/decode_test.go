@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // TestMentionsUs: only a pod that cannot have an annotation or a container of ours is passed over unread.
@@ -44,12 +46,12 @@ func TestOneUnknownField(t *testing.T) {
 	for _, input := range inputs {
 		t.Run(filepath.Base(filepath.Dir(input)), func(t *testing.T) {
 			pod := readPod(t, input)
-			ops, _, errs := PatchTagged(t.Context(), pod, testOptions, resolveTag)
+			ops, _, errs := PatchTagged(t.Context(), pod, testOptions, injecttest.ResolveTag)
 			if len(errs) > 0 || len(ops) == 0 {
 				t.Skip("it is not injected")
 			}
 			with := change(t, pod, func(c map[string]any) { c[future] = map[string]any{"n": 1.0} })
-			opsWith, _, errs := PatchTagged(t.Context(), with, testOptions, resolveTag)
+			opsWith, _, errs := PatchTagged(t.Context(), with, testOptions, injecttest.ResolveTag)
 			if len(errs) > 0 {
 				t.Fatal(sentences(errs))
 			}

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"path/filepath"
 	"testing"
+
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // FuzzPatch: whatever pod comes, Patch does not panic, its patch applies, and the second pass is empty.
@@ -15,7 +17,7 @@ func FuzzPatch(f *testing.F) {
 	for _, input := range inputs {
 		f.Add(readPod(f, input))
 	}
-	for _, pod := range vectorPods(f) {
+	for _, pod := range injecttest.Vectors(f, "../..") {
 		f.Add(pod)
 	}
 	f.Fuzz(func(t *testing.T, pod []byte) {

@@ -1,7 +1,6 @@
 package inject
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -18,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 	"sigs.k8s.io/yaml"
 
+	"cloister.dev/cloister/webhook/inject/injecttest"
 	"cloister.dev/cloister/workload"
 )
 
@@ -79,26 +79,11 @@ func sentences(errs field.ErrorList) string {
 	return b.String()
 }
 
-// resolveTag knows one digest for every tag, except of registries that are dead.
-func resolveTag(_ context.Context, image string) (string, error) {
-	if strings.HasPrefix(image, "dead.example/") {
-		return "", errors.New("its tag cannot be resolved: the registry dead.example does not answer in time")
-	}
-	return image + "@sha256:" + strings.Repeat("cd", 32), nil
-}
-
 // caseOptions are testOptions with what testdata/<case>/options.yaml says.
 func caseOptions(t testing.TB, dir string) Options {
 	t.Helper()
-	opts := testOptions
-	data, err := os.ReadFile(filepath.Join(dir, "options.yaml"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return opts
-	}
-	if err == nil {
-		err = yaml.UnmarshalStrict(data, &opts)
-	}
-	if err := errors.Join(err, opts.Check()); err != nil {
+	opts := injecttest.Options(t, dir, testOptions)
+	if err := opts.Check(); err != nil {
 		t.Fatal(err)
 	}
 	return opts
@@ -115,7 +100,7 @@ func TestGolden(t *testing.T) {
 		dir := filepath.Dir(input)
 		t.Run(filepath.Base(dir), func(t *testing.T) {
 			pod, opts := readPod(t, input), caseOptions(t, dir)
-			ops, warnings, errs := PatchTagged(t.Context(), pod, opts, resolveTag)
+			ops, warnings, errs := PatchTagged(t.Context(), pod, opts, injecttest.ResolveTag)
 			if len(errs) > 0 {
 				golden(t, dir, "denied.txt", "want.yaml", sentences(errs))
 				return

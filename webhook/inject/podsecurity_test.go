@@ -11,6 +11,7 @@ import (
 	"k8s.io/pod-security-admission/policy"
 
 	"cloister.dev/cloister/webhook/annotation"
+	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
 // passes returns the strictest level that a pod passes, and what the API server would say of a stricter one.
@@ -66,7 +67,7 @@ func TestPodSecurity(t *testing.T) {
 			for _, input := range inputs {
 				dir := filepath.Base(filepath.Dir(input))
 				pod := readPod(t, input)
-				ops, _, errs := PatchTagged(t.Context(), pod, tc.opts, resolveTag)
+				ops, _, errs := PatchTagged(t.Context(), pod, tc.opts, injecttest.ResolveTag)
 				if len(errs) > 0 || len(ops) == 0 {
 					continue
 				}
@@ -87,7 +88,7 @@ func TestPodSecurity(t *testing.T) {
 				for i, enforced := range levels {
 					opts := tc.opts
 					opts.Enforced = enforced
-					_, _, first := PatchTagged(t.Context(), pod, opts, resolveTag)
+					_, _, first := PatchTagged(t.Context(), pod, opts, injecttest.ResolveTag)
 					_, _, second := Patch(apply(t, pod, ops), opts)
 					denied := i < slices.Index(levels, passed)
 					if (len(first) > 0) != denied || (len(second) > 0) != denied {
