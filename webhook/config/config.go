@@ -37,7 +37,7 @@ const MaxCPUs = 512
 type EnclaveConfig struct {
 	// Memory of the enclave in bytes; 0 means the container's memory limit.
 	Memory int64
-	// CPUs is the number of the enclave's vCPUs; 0 means the container's CPU request or limit.
+	// CPUs is the number of the enclave's vCPUs; 0 means what the container asks for.
 	CPUs int64
 	// Ports say how containerPorts are served. One that is not listed is served as HTTP over TLS.
 	Ports []Port
@@ -92,8 +92,8 @@ var configTable = table[EnclaveConfig]{rows: []row[EnclaveConfig]{
 		Sentence: "Memory of the enclave; the image unpacks into it.",
 	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.Memory = r.memory(p, raw) }},
 	{Field{
-		Key: "cpus", Type: fmt.Sprintf("1 to %d", MaxCPUs), Default: "the container's CPU request, else its limit", Schema: whole(1, MaxCPUs),
-		Sentence: "Number of the enclave's vCPUs.",
+		Key: "cpus", Type: fmt.Sprintf("1 to %d", MaxCPUs), Default: "the container's CPU limit, else its request", Schema: whole(1, MaxCPUs),
+		Sentence: "Number of the enclave's vCPUs, rounded up to full cores. The `process` driver requests them as CPU; its default is the container's request, else its limit.",
 	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) {
 		if r.value(p, raw, &c.CPUs, "a whole number") && (c.CPUs < 1 || c.CPUs > MaxCPUs) {
 			r.errs = append(r.errs, field.Invalid(p, c.CPUs, fmt.Sprintf("write a number of vCPUs from 1 to %d", MaxCPUs)))
@@ -313,30 +313,11 @@ func (r *reader) choice(p *field.Path, raw json.RawMessage, values ...string) st
 
 // egress reads a list of host:port in any order and case.
 func (r *reader) egress(p *field.Path, raw json.RawMessage) []string {
-	var list []json.RawMessage
-	if !r.value(p, raw, &list, "a list of host:port") {
-		return nil
-	}
-	var out []string
-	for i, raw := range list {
-		p := p.Index(i)
-		var e string
-		if !r.value(p, raw, &e, "host:port") {
-			continue
-		}
-		e = strings.ToLower(e)
+	return r.set(p, raw, "host:port", strings.ToLower, func(p *field.Path, e string) {
 		if _, _, err := workload.ParseEndpoint(e); err != nil {
 			r.errs = append(r.errs, field.Invalid(p, e, err.Error()))
-			continue
 		}
-		if slices.Contains(out, e) {
-			r.errs = append(r.errs, field.Duplicate(p, e))
-			continue
-		}
-		out = append(out, e)
-	}
-	slices.Sort(out)
-	return out
+	})
 }
 
 func sorted(m map[string]json.RawMessage) []string {

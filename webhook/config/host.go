@@ -12,7 +12,7 @@ import (
 
 // hostEnv reads names of variables that the host may supply although they are refused otherwise.
 func (r *reader) hostEnv(p *field.Path, raw json.RawMessage) []string {
-	return r.set(p, raw, "the name of a variable", func(p *field.Path, name string) {
+	return r.set(p, raw, "the name of a variable", asWritten, func(p *field.Path, name string) {
 		if !workload.RefusedEnv(name) {
 			r.errs = append(r.errs, field.Invalid(p, name, "the host may supply it without being named here: remove it"))
 		}
@@ -21,15 +21,18 @@ func (r *reader) hostEnv(p *field.Path, raw json.RawMessage) []string {
 
 // hostFiles reads the mount paths of emptyDir volumes that other containers of the pod share.
 func (r *reader) hostFiles(p *field.Path, raw json.RawMessage) []string {
-	return r.set(p, raw, "the path of a mount", func(p *field.Path, dir string) {
+	return r.set(p, raw, "the path of a mount", asWritten, func(p *field.Path, dir string) {
 		if !path.IsAbs(dir) || path.Clean(dir) != dir {
 			r.errs = append(r.errs, field.Invalid(p, dir, "write the absolute path of a mount, without a slash at its end"))
 		}
 	})
 }
 
-// set reads a list of different texts in any order.
-func (r *reader) set(p *field.Path, raw json.RawMessage, what string, check func(*field.Path, string)) []string {
+// asWritten is the normal form of texts that have only one.
+func asWritten(text string) string { return text }
+
+// set reads a list of texts in any order that are different once each is in its normal form.
+func (r *reader) set(p *field.Path, raw json.RawMessage, what string, normal func(string) string, check func(*field.Path, string)) []string {
 	var list []json.RawMessage
 	if !r.value(p, raw, &list, "a list") {
 		return nil
@@ -41,7 +44,7 @@ func (r *reader) set(p *field.Path, raw json.RawMessage, what string, check func
 		if !r.value(p, raw, &text, what) {
 			continue
 		}
-		if slices.Contains(out, text) {
+		if text = normal(text); slices.Contains(out, text) {
 			r.errs = append(r.errs, field.Duplicate(p, text))
 			continue
 		}

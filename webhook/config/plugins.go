@@ -23,6 +23,14 @@ type Plugin struct {
 
 var imageRE = regexp.MustCompile(`^[^@\s]+@(sha256:[0-9a-f]{64})$`)
 
+// Digest returns the digest of an image reference NAME[:TAG]@DIGEST, or "" for everything else.
+func Digest(reference string) string {
+	if m := imageRE.FindStringSubmatch(reference); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
 var pluginTable = table[Plugin]{
 	either: []string{"builtin", "image"}, oneOf: "a plugin is either builtin or an image",
 	rows: []row[Plugin]{
@@ -84,12 +92,12 @@ func (r *reader) image(p *field.Path, raw json.RawMessage) (reference string, im
 	if !r.value(p, raw, &reference, "an image reference") {
 		return "", nil
 	}
-	m := imageRE.FindStringSubmatch(reference)
-	if m == nil {
+	digest := Digest(reference)
+	if digest == "" {
 		r.errs = append(r.errs, field.Invalid(p, reference, "the enclave must know which image it runs: name it by digest, as in registry/name@sha256:…"))
 		return "", nil
 	}
-	return reference, &workload.Image{Digest: m[1]}
+	return reference, &workload.Image{Digest: digest}
 }
 
 // plugins reads the list of plugins. What remains to be checked is checked with the whole manifest.

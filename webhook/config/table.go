@@ -94,10 +94,11 @@ func (t *table[T]) readList(r *reader, p *field.Path, raw json.RawMessage, what 
 	return out
 }
 
+// keys are those of fields.
 func (t *table[T]) keys() []string {
-	keys := make([]string, len(t.rows))
-	for i, w := range t.rows {
-		keys[i] = w.Key
+	var keys []string
+	for _, f := range t.fields() {
+		keys = append(keys, f.Key)
 	}
 	return keys
 }

@@ -72,7 +72,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	ops = append(ops, p.pullSecretsAgain(spec, boot)...)
 	p.list = append(p.list, checkLevel(opts, isRoot(c))...)
 	if len(errs) == 0 {
-		p.compareConfig(values.Config, spec, c, m, memory)
+		p.compareConfig(values.Config, spec, c, m, memory, cpus)
 	}
 	if want := measurements(canonical); values.Measurements != want {
 		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")
@@ -125,7 +125,7 @@ func (p *problems) readBack(path *field.Path, c *corev1.Container) (m *workload.
 		p.forbid(path.Child("env").Key(podenv.EnvManifest), err.Error())
 		return nil, nil, "", 0
 	}
-	if digest := imageRE.FindStringSubmatch(image); digest == nil || digest[1] != m.Image.Digest {
+	if config.Digest(image) != m.Image.Digest {
 		p.forbid(path.Child("env").Key(podenv.EnvImage), "it does not name the image of the workload manifest")
 	}
 	memory, err = strconv.ParseInt(number, 10, 64)
@@ -221,10 +221,13 @@ func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Containe
 }
 
 // compareConfig reports a config that was changed after the manifest was made from it.
-func (p *problems) compareConfig(cfg *config.EnclaveConfig, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory int64) {
+func (p *problems) compareConfig(cfg *config.EnclaveConfig, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory, cpus int64) {
 	at := annotationsPath.Key(annotation.Config)
 	if cfg.Memory != 0 && cfg.Memory != memory {
 		p.forbid(at.Child("memory"), "it is not what was injected")
+	}
+	if cpus != 0 && cfg.CPUs != 0 && fullCores(m, cfg.CPUs) != cpus {
+		p.forbid(at.Child("cpus"), "it is not what was injected")
 	}
 	if !slices.Equal(cfg.Egress, m.Egress) {
 		p.forbid(at.Child("egress"), "it is not what was injected")

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -167,8 +166,6 @@ func (p *problems) find(spec *corev1.PodSpec, name string) int {
 	p.list = append(p.list, field.Invalid(at, name, "the pod has no container of this name, "+hint))
 	return -1
 }
-
-var imageRE = regexp.MustCompile(`^[^@\s]+@(sha256:[0-9a-f]{64})$`)
 
 // cloudEnv tells whether an identity webhook of the cloud adds this variable. It is no part of the
 // manifest, which would else differ from cluster to cluster, and it stays on the console.

@@ -79,7 +79,7 @@ func TestNitroResources(t *testing.T) {
 
 // TestNitroAgain: a number of vCPUs that was changed after the injection is denied.
 func TestNitroAgain(t *testing.T) {
-	pod := nitroPod(`{}`, "", "amd64")
+	pod := nitroPod(`{}`, "cpus: 1\n", "amd64")
 	ops, _, errs := Patch(pod, nitroOptions)
 	if len(errs) > 0 {
 		t.Fatal(sentences(errs))
@@ -90,14 +90,15 @@ func TestNitroAgain(t *testing.T) {
 		t.Fatal(injected)
 	}
 	for name, tc := range map[string]struct{ now, want string }{
-		"half a core":   {`{"name":"CLOISTER_CPUS","value":"3"}`, "full cores"},
-		"none":          {`{"name":"CLOISTER_CPUS","value":"0"}`, "full cores"},
-		"no number":     {`{"name":"CLOISTER_CPUS","value":"two"}`, "full cores"},
-		"too many":      {`{"name":"CLOISTER_CPUS","value":"514"}`, "full cores"},
-		"from the pod":  {`{"name":"CLOISTER_CPUS","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}}`, "full cores"},
-		"gone":          {`{"name":"OTHER","value":"2"}`, "CLOISTER_CPUS, which was injected, is gone"},
-		"twice":         {env + `,` + env, "CLOISTER_CPUS is not what is injected"},
-		"another shape": {env, "it is not what is injected"},
+		"half a core":      {`{"name":"CLOISTER_CPUS","value":"3"}`, "full cores"},
+		"none":             {`{"name":"CLOISTER_CPUS","value":"0"}`, "full cores"},
+		"no number":        {`{"name":"CLOISTER_CPUS","value":"two"}`, "full cores"},
+		"too many":         {`{"name":"CLOISTER_CPUS","value":"514"}`, "full cores"},
+		"from the pod":     {`{"name":"CLOISTER_CPUS","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}}`, "full cores"},
+		"gone":             {`{"name":"OTHER","value":"2"}`, "CLOISTER_CPUS, which was injected, is gone"},
+		"twice":            {env + `,` + env, "CLOISTER_CPUS is not what is injected"},
+		"not the config's": {`{"name":"CLOISTER_CPUS","value":"4"}`, "metadata.annotations[cloister.dev/config].cpus: Forbidden: it is not what was injected"},
+		"another shape":    {env, "it is not what is injected"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			opts := nitroOptions

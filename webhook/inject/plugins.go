@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -65,11 +66,9 @@ func (p *problems) readPluginImages(path *field.Path, c *corev1.Container, m *wo
 	}
 	var got []string
 	for _, image := range images {
-		if digest := imageRE.FindStringSubmatch(image); digest != nil {
-			got = append(got, digest[1])
-		}
+		got = append(got, config.Digest(image))
 	}
-	if len(got) != len(images) || !reflect.DeepEqual(got, want) {
+	if !slices.Equal(got, want) {
 		p.forbid(path.Child("env").Key(podenv.EnvPluginImages), "it does not name the images of the workload manifest's plugins")
 	}
 	return images

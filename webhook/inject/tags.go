@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"cloister.dev/cloister/webhook/annotation"
+	"cloister.dev/cloister/webhook/config"
 	"cloister.dev/cloister/workload"
 )
 
@@ -62,12 +63,11 @@ func (p *problems) digest(ctx context.Context, path *field.Path, image string, n
 			return image, ""
 		}
 	}
-	m := imageRE.FindStringSubmatch(pinned)
-	if m == nil {
+	if digest = config.Digest(pinned); digest == "" {
 		p.list = append(p.list, field.Invalid(path, image, "the enclave must know which image it runs: "+how))
 		return image, ""
 	}
-	return pinned, m[1]
+	return pinned, digest
 }
 
 // tagWarning says what somebody who measures the same file later must know.
