@@ -4,11 +4,11 @@
 //	mismatch_test.go        a measurement that differs ends the connection before a byte of the request
 //	manifest_test.go        what is measured, and that each replica attests what `cloister measure` says
 //	host_test.go            the host reads nothing, and cannot pass for the enclave
-//	hostvalues_test.go   what the kubelet resolves reaches the workload, where the manifest lists it, and nothing else does
+//	hostvalues_test.go      what the kubelet resolves reaches the workload, where the manifest lists it, and nothing else does
 //	egress_test.go          the workload reaches what its config names, by name, and nothing else
 //	logs_probes_test.go     kubectl logs and probes work as ever
-//	hooks_test.go        hooks, restart rules, termination messages and the log of the run before, as ever
-//	shapes_test.go       a real API server takes every injected pod, and each kind of owner's runs
+//	hooks_test.go           hooks, restart rules, termination messages and the log of the run before, as ever
+//	shapes_test.go          a real API server takes every injected pod, and each kind of owner's runs
 //	jobs_test.go            so do Jobs and exit codes
 //	death_test.go           whatever dies, nobody hangs and the pod serves again
 //	admission_test.go       what is left alone, and what is denied
@@ -17,7 +17,7 @@
 //	podsecurity_test.go     what Pod Security enforces, and the seccomp profile for AF_VSOCK
 //	doctor_test.go          cloister doctor finds what is broken, and nothing else
 //	layers_test.go          images that are wrong, slow or not there
-//	images_test.go       tags, pull secrets, and pods that were injected offline
+//	images_test.go          tags, pull secrets, and pods that were injected offline
 //	rollout_test.go         a rolling restart without a failed request
 //	controller_test.go      an autoscaler follows the load inside the enclaves; state shows on pods and owners
 //	telemetry_test.go       one request is found as metric, trace and log line, and so is what the workload sends itself; who is no enclave is refused
