@@ -23,10 +23,9 @@ import (
 
 // Labels of namespaces.
 const (
-	labelInjection   = "cloister.dev/injection"
-	labelRevision    = "cloister.dev/rev"
-	labelPodSecurity = "pod-security.kubernetes.io/enforce"
-	enabled          = "enabled"
+	labelInjection = "cloister.dev/injection"
+	labelRevision  = "cloister.dev/rev"
+	enabled        = "enabled"
 )
 
 // Names in manifests/.
@@ -502,45 +501,33 @@ func checkMeshes(s *snapshot) []finding {
 	return good(found, "no labelled namespace is in a mesh of Istio or Linkerd")
 }
 
-// strictest is the strictest Pod Security level that admits what the webhook injects; empty where the driver
-// is not known.
-func (r *revision) strictest() string {
-	switch r.settings["DRIVER"] {
-	case inject.DriverProcess:
-		return "privileged" // it makes namespaces inside the pod
-	case inject.DriverNitro:
-		if group := r.settings["DEVICE_GROUP"]; group == "" || group == "0" {
-			return "baseline" // root alone may open the device
-		}
-		return "restricted"
-	}
-	return ""
+// options are those that a revision is installed with; an error where they are not what the webhook takes.
+func (r *revision) options() (inject.Options, error) {
+	o := inject.Options{Driver: r.settings["DRIVER"], HugePages: cmp.Or(r.settings["HUGEPAGES"], "2Mi")}
+	return o, o.Read(r.settings["ENCLAVE_CPUS"], r.settings["DEVICE_GROUP"])
 }
-
-// podSecurity lists the levels of Pod Security, the strictest last.
-var podSecurity = []string{"privileged", "baseline", "restricted"}
 
 func checkPodSecurity(s *snapshot) []finding {
 	var found []finding
 	unlabelled := 0
 	for _, n := range s.labelled() {
-		level := n.Labels[labelPodSecurity]
+		level := n.Labels[inject.EnforceLabel]
 		if level == "" {
 			unlabelled++
 			continue
 		}
 		for _, r := range s.takenBy(n) {
-			driver, most := r.settings["DRIVER"], r.strictest()
-			if most == "" {
-				found = append(found, finding{levelWarning, fmt.Sprintf("not checked for namespace %s: the driver of %s is %q", n.Name, r.name, driver), "see DRIVER of the webhook's Deployment"})
-			} else if slices.Index(podSecurity, level) > slices.Index(podSecurity, most) {
-				found = append(found, finding{levelError, fmt.Sprintf("namespace %s enforces the Pod Security level %s, and what is injected with the driver %s needs %s: its confidential pods are refused", n.Name, level, driver, most),
-					fmt.Sprintf("kubectl label --overwrite namespace %s %s=%s", n.Name, labelPodSecurity, most)})
+			opts, err := r.options()
+			if err != nil {
+				found = append(found, finding{levelWarning, fmt.Sprintf("not checked for namespace %s: the settings of %s are not understood: %v", n.Name, r.name, err), "see the environment of the webhook's Deployment"})
+			} else if most, refused := inject.TooStrict(opts, level); refused {
+				found = append(found, finding{levelError, fmt.Sprintf("namespace %s enforces the Pod Security level %s, and what is injected with the driver %s needs %s: its confidential pods are refused", n.Name, level, opts.Driver, most),
+					fmt.Sprintf("kubectl label --overwrite namespace %s %s=%s", n.Name, inject.EnforceLabel, most)})
 			}
 		}
 	}
 	if unlabelled > 0 {
-		return good(found, "no labelled namespace enforces a level that is too strict; %s without the label %s, where the cluster's default holds, which the API does not show", plural(unlabelled, "namespace"), labelPodSecurity)
+		return good(found, "no labelled namespace enforces a level that is too strict; %s without the label %s, where the cluster's default holds, which the API does not show", plural(unlabelled, "namespace"), inject.EnforceLabel)
 	}
 	return good(found, "no labelled namespace enforces a level that is too strict")
 }
@@ -550,14 +537,11 @@ func (s *snapshot) uses(driver string) bool {
 	return slices.ContainsFunc(s.revisions(), func(r revision) bool { return r.settings["DRIVER"] == driver })
 }
 
-// nitroDevice is a resource of AWS's device plugin.
-const nitroDevice = "aws.ec2.nitro/nitro_enclaves"
-
 // enclaveNodes lists the nodes that offer Nitro enclaves.
 func (s *snapshot) enclaveNodes() []*corev1.Node {
 	var list []*corev1.Node
 	for i := range s.nodes {
-		if q := s.nodes[i].Status.Allocatable[nitroDevice]; !q.IsZero() {
+		if q := s.nodes[i].Status.Allocatable[inject.NitroEnclaves]; !q.IsZero() {
 			list = append(list, &s.nodes[i])
 		}
 	}
@@ -570,7 +554,7 @@ func checkDevices(s *snapshot) []finding {
 	}
 	nodes := s.enclaveNodes()
 	if len(nodes) == 0 {
-		return []finding{{levelError, "no node offers " + nitroDevice + ": confidential pods find no place", "start instances with Nitro enclaves enabled, and AWS's Nitro enclaves device plugin on them"}}
+		return []finding{{levelError, "no node offers " + string(inject.NitroEnclaves) + ": confidential pods find no place", "start instances with Nitro enclaves enabled, and AWS's Nitro enclaves device plugin on them"}}
 	}
 	var found []finding
 	var names []string

@@ -177,7 +177,7 @@ func another(name string) admissionregv1.MutatingWebhookConfiguration {
 func nitro(s *snapshot) {
 	s.configMaps[0].Data["DRIVER"], s.configMaps[0].Data["HUGEPAGES"] = inject.DriverNitro, "1Gi"
 	s.nodes[0].Status.Allocatable = corev1.ResourceList{
-		nitroDevice: resource.MustParse("4"), "hugepages-1Gi": resource.MustParse("8Gi"),
+		inject.NitroEnclaves: resource.MustParse("4"), "hugepages-1Gi": resource.MustParse("8Gi"),
 	}
 	pod := &s.pods[1]
 	pod.Spec.NodeName = "node-1"
@@ -322,21 +322,21 @@ func TestChecks(t *testing.T) {
 		},
 		"pod-security": {
 			"healthy":           {want: []string{"ok 1 namespace without the label"}},
-			"privileged":        {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "privileged" }, []string{"ok"}},
-			"process: baseline": {func(s *snapshot) { s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"error shop, baseline, fix: kubectl label --overwrite namespace shop " + labelPodSecurity + "=privileged"}},
-			"elsewhere":         {func(s *snapshot) { s.namespaces[2].Labels[labelPodSecurity] = "restricted" }, []string{"ok"}},
-			"nitro: baseline":   {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{"ok"}},
-			"nitro: restricted": {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[labelPodSecurity] = "restricted" }, []string{"error restricted, needs baseline"}},
+			"privileged":        {func(s *snapshot) { s.namespaces[3].Labels[inject.EnforceLabel] = "privileged" }, []string{"ok"}},
+			"process: baseline": {func(s *snapshot) { s.namespaces[3].Labels[inject.EnforceLabel] = "baseline" }, []string{"error shop, baseline, fix: kubectl label --overwrite namespace shop " + inject.EnforceLabel + "=privileged"}},
+			"elsewhere":         {func(s *snapshot) { s.namespaces[2].Labels[inject.EnforceLabel] = "restricted" }, []string{"ok"}},
+			"nitro: baseline":   {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[inject.EnforceLabel] = "baseline" }, []string{"ok"}},
+			"nitro: restricted": {func(s *snapshot) { nitro(s); s.namespaces[3].Labels[inject.EnforceLabel] = "restricted" }, []string{"error restricted, needs baseline"}},
 			"nitro: device group": {func(s *snapshot) {
 				nitro(s)
-				s.configMaps[0].Data["DEVICE_GROUP"], s.namespaces[3].Labels[labelPodSecurity] = "990", "restricted"
+				s.configMaps[0].Data["DEVICE_GROUP"], s.namespaces[3].Labels[inject.EnforceLabel] = "990", "restricted"
 			}, []string{"ok"}},
-			"driver is not known": {func(s *snapshot) { s.configMaps = nil; s.namespaces[3].Labels[labelPodSecurity] = "baseline" }, []string{`warning not checked, ""`}},
+			"driver is not known": {func(s *snapshot) { s.configMaps = nil; s.namespaces[3].Labels[inject.EnforceLabel] = "baseline" }, []string{`warning not checked, ""`}},
 		},
 		"devices": {
 			"process":       {want: []string{"ok needs no devices"}},
 			"nitro":         {nitro, []string{"ok node-1"}},
-			"no device":     {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, nitroDevice) }, []string{"error no node offers"}},
+			"no device":     {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, inject.NitroEnclaves) }, []string{"error no node offers"}},
 			"no huge pages": {func(s *snapshot) { nitro(s); delete(s.nodes[0].Status.Allocatable, "hugepages-1Gi") }, []string{"error hugepages-1Gi, node-1"}},
 			"other pages":   {func(s *snapshot) { nitro(s); delete(s.configMaps[0].Data, "HUGEPAGES") }, []string{"error hugepages-2Mi, node-1"}},
 		},

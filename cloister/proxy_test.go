@@ -174,12 +174,17 @@ func TestProxyHalfClose(t *testing.T) {
 // A connection that the host cuts must not look like one that has ended.
 func TestProxyBrokenOff(t *testing.T) {
 	e := tunnel(t, func(c *tls.Conn) {
+		io.ReadFull(c, make([]byte, len("go on"))) // the proxy's client has connected
 		io.WriteString(c, "half of it")
 		c.NetConn().(*net.TCPConn).CloseWrite()
 		io.Copy(io.Discard, c)
 	})
 	addr, stderr, _ := startProxy(t, "--root", e.root, "--measurements", writeSet(t, entry("", nil)), "tcp://"+e.addr)
-	if got, err := io.ReadAll(dialTCP(t, addr)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+	c := dialTCP(t, addr)
+	if _, err := io.WriteString(c, "go on"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("got %q and a clean end, %v", got, err)
 	}
 	stderr.wait(t, "without TLS's close_notify")

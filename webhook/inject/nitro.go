@@ -17,7 +17,7 @@ import (
 // Resources of AWS's device plugin (aws-nitro-enclaves-k8s-device-plugin): the device itself, and vCPUs of
 // the node's enclave pool, which it offers only when its chart says so.
 const (
-	nitroEnclaves    corev1.ResourceName = "aws.ec2.nitro/nitro_enclaves"
+	NitroEnclaves    corev1.ResourceName = "aws.ec2.nitro/nitro_enclaves"
 	nitroEnclaveCPUs corev1.ResourceName = "aws.ec2.nitro/nitro_enclaves_cpus"
 )
 
@@ -87,7 +87,7 @@ func nitroResources(spec *corev1.PodSpec, d *decision, opts Options) corev1.Reso
 	page := hugePages[opts.HugePages]
 	pages := (d.memory + podenv.NitroOverhead + page - 1) / page
 	take := func(name corev1.ResourceName, q *resource.Quantity) { r.Requests[name], r.Limits[name] = *q, *q }
-	take(nitroEnclaves, resource.NewQuantity(1, resource.DecimalSI))
+	take(NitroEnclaves, resource.NewQuantity(1, resource.DecimalSI))
 	take(corev1.ResourceName(corev1.ResourceHugePagesPrefix+opts.HugePages), resource.NewQuantity(pages*page, resource.BinarySI))
 	if opts.EnclaveCPUs {
 		take(nitroEnclaveCPUs, resource.NewQuantity(d.cpus, resource.DecimalSI))

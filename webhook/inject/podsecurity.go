@@ -21,6 +21,20 @@ const (
 
 var levels = []string{levelRestricted, levelBaseline, levelPrivileged}
 
+// TooStrict tells whether Pod Security, enforcing a level, refuses what an installation injects, and returns the
+// strictest level that admits it. What is no level refuses nothing.
+func TooStrict(opts Options, enforced string) (strictest string, refused bool) {
+	strictest, _ = level(opts, false)
+	return strictest, stricter(enforced, strictest)
+}
+
+// stricter tells whether a level is stricter than another. What is no level is not: the API server lets nobody
+// write it.
+func stricter(enforced, than string) bool {
+	i := slices.Index(levels, enforced)
+	return i >= 0 && i < slices.Index(levels, than)
+}
+
 // level is the strictest level that what is injected passes, and why it is no stricter one. The author's own
 // containers may need a laxer one.
 func level(opts Options, consoleIsRoot bool) (level, why string) {
@@ -39,8 +53,7 @@ func level(opts Options, consoleIsRoot bool) (level, why string) {
 // that its author has not written.
 func checkLevel(opts Options, consoleIsRoot bool) field.ErrorList {
 	need, why := level(opts, consoleIsRoot)
-	// What is no level is not known here: the API server lets nobody write it.
-	if i := slices.Index(levels, opts.Enforced); i < 0 || i >= slices.Index(levels, need) {
+	if !stricter(opts.Enforced, need) {
 		return nil
 	}
 	return field.ErrorList{field.Forbidden(field.NewPath("metadata", "namespace"), fmt.Sprintf(
