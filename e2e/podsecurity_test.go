@@ -19,8 +19,6 @@ import (
 	"cloister.dev/cloister/webhook/inject"
 )
 
-const enforce = "pod-security.kubernetes.io/enforce"
-
 // nitro is an installation on Nitro hardware, of which this cluster has none: pods of that shape are accepted
 // here, and never run.
 var nitro = inject.Options{Driver: inject.DriverNitro, HugePages: "2Mi", InitbootImage: "initboot", SidecarImage: "sidecar"}
@@ -81,8 +79,8 @@ func TestPodSecurity(t *testing.T) {
 		t.Fatalf("%d goldens, %v", len(goldens), err)
 	}
 	// The webhook of this cluster has another driver and does not see these namespaces.
-	baseline := c.labelled(t, map[string]string{enforce: "baseline"})
-	restricted := c.labelled(t, map[string]string{enforce: "restricted"})
+	baseline := c.labelled(t, map[string]string{inject.EnforceLabel: "baseline"})
+	restricted := c.labelled(t, map[string]string{inject.EnforceLabel: "restricted"})
 	group := nitro
 	group.DeviceGroup = 989
 	dryRun := func(t *testing.T, ns *namespace, pod *corev1.Pod) error {
@@ -144,7 +142,7 @@ func TestPodSecurity(t *testing.T) {
 
 	for _, level := range []string{"baseline", "restricted"} {
 		t.Run("the webhook in "+level, func(t *testing.T) {
-			ns := c.labelled(t, map[string]string{enforce: level, "cloister.dev/injection": "enabled"})
+			ns := c.labelled(t, map[string]string{inject.EnforceLabel: level, "cloister.dev/injection": "enabled"})
 			want := "metadata.namespace: Forbidden: it enforces Pod Security " + level + " and what is injected needs privileged"
 			// The webhook sees the namespace a moment later than the API server. Until then Pod Security itself refuses.
 			eventually(t, 30*time.Second, "a denial that names the level", func() (bool, string) {
@@ -190,7 +188,7 @@ func TestSeccompProfile(t *testing.T) {
 	})
 
 	// As nitro's sidecar, in a namespace that enforces restricted.
-	restricted := c.labelled(t, map[string]string{enforce: "restricted"})
+	restricted := c.labelled(t, map[string]string{inject.EnforceLabel: "restricted"})
 	group := nitro
 	group.DeviceGroup = 989
 	sidecar := patched(t, c.appPod(t, "app"), group).Spec.InitContainers[1]

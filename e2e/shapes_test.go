@@ -9,7 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	jsonpatch "github.com/evanphx/json-patch/v5"
 	appsv1 "k8s.io/api/apps/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -26,30 +25,35 @@ import (
 func TestAccepted(t *testing.T) {
 	c := e2e(t)
 	ns := c.namespace(t, false)
-	pods := map[string][]byte{}
+	pods := map[string]*corev1.Pod{}
+	decoded := func(text []byte) *corev1.Pod {
+		pod := &corev1.Pod{}
+		if err := json.Unmarshal(text, pod); err != nil {
+			t.Fatal(err)
+		}
+		return pod
+	}
 	goldens, err := filepath.Glob("../webhook/inject/testdata/*/want.yaml")
 	if err != nil || len(goldens) < 20 {
 		t.Fatalf("%d goldens, %v", len(goldens), err)
 	}
 	for _, file := range goldens {
-		pods[filepath.Base(filepath.Dir(file))] = readPod(t, file)
+		pods[filepath.Base(filepath.Dir(file))] = decoded(readPod(t, file))
 	}
 	vectors := injecttest.Vectors(t, "..")
-	for name, pod := range vectors {
-		if pod := injected(t, pod); pod != nil {
+	process := nitro
+	process.Driver = inject.DriverProcess
+	for name, text := range vectors {
+		if pod := patched(t, decoded(text), process); pod != nil {
 			pods[name] = pod
 		}
 	}
 	if len(vectors) > 0 && len(pods) == len(goldens) {
 		t.Error("none of the pods of other projects is injected")
 	}
-	for name, pod := range pods {
+	for name, sent := range pods {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var sent corev1.Pod
-			if err := json.Unmarshal(pod, &sent); err != nil {
-				t.Fatal(err)
-			}
 			// What the namespace lacks, and what admission would add.
 			no := false
 			if sent.Name == "" {
@@ -58,7 +62,7 @@ func TestAccepted(t *testing.T) {
 			sent.Namespace, sent.UID, sent.ResourceVersion = "", "", ""
 			sent.Spec.ServiceAccountName, sent.Spec.DeprecatedServiceAccount, sent.Spec.AutomountServiceAccountToken = "", "", &no
 			sent.Spec.Tolerations, sent.Spec.Priority, sent.Spec.PriorityClassName, sent.Spec.NodeName = nil, nil, "", ""
-			got, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), &sent, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+			got, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), sent, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -76,27 +80,6 @@ func readPod(t *testing.T, file string) []byte {
 		t.Fatal(err)
 	}
 	pod, err := yaml.YAMLToJSON(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pod
-}
-
-// injected returns a pod as injection makes it, or nil if what it asks for cannot run in an enclave.
-func injected(t *testing.T, pod []byte) []byte {
-	t.Helper()
-	ops, _, errs := inject.Patch(pod, inject.Options{Driver: inject.DriverProcess, InitbootImage: "initboot", SidecarImage: "sidecar"})
-	if len(errs) > 0 {
-		return nil
-	}
-	text, err := json.Marshal(ops)
-	if err != nil {
-		t.Fatal(err)
-	}
-	patch, err := jsonpatch.DecodePatch(text)
-	if err == nil {
-		pod, err = patch.Apply(pod)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
