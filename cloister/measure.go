@@ -89,6 +89,9 @@ func (m *measure) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Wr
 			if !annotation.Any(template.Annotations) {
 				continue
 			}
+			if inject.HasManifest(&template.Spec) {
+				return fmt.Errorf("%s: it is injected already: measure the file that its author wrote", what)
+			}
 			manifest, image, warnings, errs := inject.DeriveTagged(ctx, &template.ObjectMeta, &template.Spec, m.resolver())
 			if len(errs) > 0 {
 				for _, e := range errs {

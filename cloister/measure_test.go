@@ -189,6 +189,7 @@ func TestMeasureRefuses(t *testing.T) {
 		"no annotation": {[]string{"-f", "-", "--eif", image}, service + "---\n" + strings.Replace(job, "cloister.dev", "example.com", 1), 1, []string{"no pod template has the annotation cloister.dev/enclave"}},
 		"no YAML":       {[]string{"-f", "-", "--eif", image}, "a: [", 1, []string{"read YAML document 1"}},
 		"typo":          {[]string{"-f", "-", "--eif", image}, strings.Replace(deployment, "/enclave", "/enclav", 1), 1, []string{`did you mean "cloister.dev/enclave"`}},
+		"injected":      {[]string{"-f", "-", "--eif", image}, read(t, "../webhook/inject/testdata/smallest-pod/want.yaml"), 1, []string{"-: Pod app: it is injected already: measure the file that its author wrote"}},
 		"bad pod": {[]string{"-f", "-", "--eif", image}, deployment + "---\n" + bad, 1, []string{
 			"-: Pod broken: ImageRefused: spec.containers[0].image: Invalid value", "-: Pod broken: EnvironmentRefused: spec.containers[0].env[0].valueFrom.fileKeyRef: Forbidden", "the webhook would deny",
 		}},

@@ -35,11 +35,9 @@ func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver
 		return nil, nil, undecodable(err)
 	}
 	if !annotation.Any(meta.Annotations) {
-		for _, c := range spec.InitContainers {
-			if c.Name == Initboot && slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == podenv.EnvManifest }) {
-				// Another webhook took them away. It could have taken the console too.
-				return nil, nil, field.ErrorList{field.Required(annotationsPath.Key(annotation.Enclave), "the pod was injected and its annotations are gone")}
-			}
+		if HasManifest(spec) {
+			// Another webhook took them away. It could have taken the console too.
+			return nil, nil, field.ErrorList{field.Required(annotationsPath.Key(annotation.Enclave), "the pod was injected and its annotations are gone")}
 		}
 		return nil, nil, nil
 	}
@@ -305,6 +303,13 @@ func unknownVolumes(pod []byte, spec *corev1.PodSpec, index int) field.ErrorList
 		}
 	}
 	return p.list
+}
+
+// HasManifest tells whether a pod looks as after an injection: its initboot carries a workload manifest.
+func HasManifest(spec *corev1.PodSpec) bool {
+	return slices.ContainsFunc(spec.InitContainers, func(c corev1.Container) bool {
+		return c.Name == Initboot && slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == podenv.EnvManifest })
+	})
 }
 
 // injected tells whether one of our containers is there.

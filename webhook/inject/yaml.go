@@ -3,6 +3,7 @@ package inject
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ type Document struct {
 
 // Template is what pods are made from.
 type Template struct {
-	// Kind and Name are those of the object that it lies in.
+	// Kind and Name are those of the object that it lies in; Name is its generateName if it has none.
 	Kind, Name string
 	// At is the JSON pointer (RFC 6901) of the template in its document; that of a Pod is empty.
 	At string
@@ -73,7 +74,8 @@ func templates(object []byte, at string) ([]Template, error) {
 	var head struct {
 		Kind     string `json:"kind"`
 		Metadata struct {
-			Name string `json:"name"`
+			Name         string `json:"name"`
+			GenerateName string `json:"generateName"`
 		} `json:"metadata"`
 		Spec struct {
 			Template    json.RawMessage `json:"template"`
@@ -98,7 +100,7 @@ func templates(object []byte, at string) ([]Template, error) {
 		if err := decode(object, &head); err != nil {
 			return nil, fmt.Errorf("%s: %w", kind.Kind, err)
 		}
-		t.Name = head.Metadata.Name
+		t.Name = cmp.Or(head.Metadata.Name, head.Metadata.GenerateName)
 	default:
 		return nil, nil
 	}

@@ -42,6 +42,7 @@ apiVersion: v1
 kind: List
 items:
 - {kind: Pod, metadata: {name: bare, labels: {x: z}}, spec: {containers: [{name: b}]}}
+- {kind: Job, metadata: {generateName: once-}, spec: {template: {spec: {containers: [{name: d}]}}}}
 - {kind: CronJob, metadata: {name: nightly}, spec: {jobTemplate: {spec: {template: {spec: {containers: [{name: c}]}}}}}}
 `))
 	if err != nil {
@@ -60,7 +61,8 @@ items:
 	want := []string{
 		`1 Deployment/web/spec/template a map["cloister.dev/enclave":"a"]`,
 		`3 Pod/bare/items/0 b map[]`,
-		`3 CronJob/nightly/items/1/spec/jobTemplate/spec/template c map[]`,
+		`3 Job/once-/items/1/spec/template d map[]`,
+		`3 CronJob/nightly/items/2/spec/jobTemplate/spec/template c map[]`,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("templates (-want +got):\n%s", diff)
