@@ -34,7 +34,7 @@ victorialogs() {
   source_of github.com/VictoriaMetrics/VictoriaLogs "$VICTORIALOGS_VERSION"
   # The commit that it requires is not served by module proxies; this release holds the same packages.
   go mod edit -require "github.com/VictoriaMetrics/VictoriaMetrics@$VICTORIAMETRICS_VERSION"
-  compile -o "$OUT/victorialogs" ./app/victoria-logs
+  compile -mod=mod -o "$OUT/victorialogs" ./app/victoria-logs
 }
 
 # build SERVER: unless the cache has it at the pinned version.
