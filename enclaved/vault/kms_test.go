@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -44,13 +45,20 @@ var pod = kmsemu.Identity{AccessKeyID: "AKIDPOD", SecretAccessKey: "pod's secret
 // service is a KMS, and the sidecar that the vault gets credentials from.
 type service struct {
 	*httptest.Server
-	mu     sync.Mutex
-	events []kmsemu.Event
-
 	config  *workload.KMS
 	sidecar *httptest.Server
 	who     kmsemu.Identity // whose credentials the sidecar has
+
+	mu      sync.Mutex // for what follows: connections are dialled in the background too
+	events  []kmsemu.Event
 	dialled []string
+}
+
+// seen returns what reached s until now, and the addresses that were dialled for it.
+func (s *service) seen() ([]kmsemu.Event, []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.events), slices.Clone(s.dialled)
 }
 
 // newService returns a KMS that trusts the module's documents, or answers with handler.
@@ -60,7 +68,11 @@ func newService(t *testing.T, module *nsmtest.Module, handler http.Handler) *ser
 	if handler == nil {
 		handler = kmsemu.New(kmsemu.Config{
 			Region: region, Root: module.Root(), Identities: []kmsemu.Identity{pod},
-			Trail: func(e kmsemu.Event) { s.events = append(s.events, e) },
+			Trail: func(e kmsemu.Event) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.events = append(s.events, e)
+			},
 		})
 	}
 	s.Server = httptest.NewUnstartedServer(handler)
@@ -95,8 +107,8 @@ func (s *service) open(t *testing.T, v *vault.Vault) *vault.KMS {
 	k, err := v.NewKMS(s.config,
 		func(ctx context.Context, address string) (net.Conn, error) {
 			s.mu.Lock()
-			defer s.mu.Unlock()
 			s.dialled = append(s.dialled, address)
+			s.mu.Unlock()
 			return new(net.Dialer).DialContext(ctx, "tcp", s.Listener.Addr().String())
 		},
 		func(ctx context.Context) (net.Conn, error) {
@@ -167,12 +179,13 @@ func TestDecrypt(t *testing.T) {
 	if n := v.Calls() - before; n != 1 {
 		t.Errorf("%d requests to the security module for one batch", n)
 	}
-	for _, address := range s.dialled {
+	events, dialled := s.seen()
+	for _, address := range dialled {
 		if address != "example.com:8443" {
 			t.Errorf("dialled %s", address)
 		}
 	}
-	last := s.events[len(s.events)-1]
+	last := events[len(events)-1]
 	if last.Action != "Decrypt" || last.Principal != pod.ARN || last.Attestation["PCR16"] != measured.PCR16 || last.Error != "" {
 		t.Errorf("the trail ends with %+v", last)
 	}
