@@ -18,21 +18,49 @@ import (
 // connectTimeout limits connecting, and then the TLS handshake.
 const connectTimeout = 30 * time.Second
 
-// trust is what the flags of every command that connects to an enclave say: which enclaves are accepted,
-// and where they are.
-type trust struct {
+// rules are what the flags of every command that verifies documents say: which enclaves are accepted.
+type rules struct {
 	measurements []string
 	root         string
 	maxAge       time.Duration
 	allowDebug   bool
-	connectTo    string
+}
+
+func (r *rules) flags(f *pflag.FlagSet) {
+	f.StringArrayVar(&r.measurements, "measurements", nil, "measurement set `file`; repeatable, then an entry of any of them is accepted")
+	f.StringVar(&r.root, "root", "", "PEM `file` with the root certificate that is trusted instead of AWS's: for development")
+	f.DurationVar(&r.maxAge, "max-age", attestation.DefaultMaxAge, "oldest attestation document that is accepted")
+	f.BoolVar(&r.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
+}
+
+// options reads the files that the flags name.
+func (r *rules) options() (attestation.Options, error) {
+	opts := attestation.Options{MaxAge: r.maxAge, AllowDebug: r.allowDebug}
+	var err error
+	if opts.Measurements, err = readMeasurements(r.measurements); err != nil {
+		return opts, err
+	}
+	if r.root != "" {
+		pem, err := os.ReadFile(r.root)
+		if err != nil {
+			return opts, err
+		}
+		if opts.Root, err = attestation.ParseRoot(pem); err != nil {
+			return opts, fmt.Errorf("%s: %w", r.root, err)
+		}
+	}
+	return opts, nil
+}
+
+// trust is what the flags of every command that connects to an enclave say: which enclaves are accepted,
+// and where they are.
+type trust struct {
+	rules
+	connectTo string
 }
 
 func (t *trust) flags(f *pflag.FlagSet) {
-	f.StringArrayVar(&t.measurements, "measurements", nil, "measurement set `file`; repeatable, then an entry of any of them is accepted")
-	f.StringVar(&t.root, "root", "", "PEM `file` with the root certificate that is trusted instead of AWS's: for development")
-	f.DurationVar(&t.maxAge, "max-age", attestation.DefaultMaxAge, "oldest attestation document that is accepted")
-	f.BoolVar(&t.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
+	t.rules.flags(f)
 	f.StringVar(&t.connectTo, "connect-to", "", "connect to `HOST:PORT` instead of what the URL names")
 }
 
@@ -49,22 +77,12 @@ func (t *trust) check() error {
 
 // load reads the files that the flags name.
 func (t *trust) load() (*attestation.Verifier, workload.MeasurementSet, error) {
-	set, err := readMeasurements(t.measurements)
+	opts, err := t.options()
 	if err != nil {
 		return nil, nil, err
 	}
-	opts := attestation.Options{MaxAge: t.maxAge, AllowDebug: t.allowDebug, Measurements: set}
-	if t.root != "" {
-		pem, err := os.ReadFile(t.root)
-		if err != nil {
-			return nil, nil, err
-		}
-		if opts.Root, err = attestation.ParseRoot(pem); err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", t.root, err)
-		}
-	}
 	v, err := attestation.NewVerifier(opts)
-	return v, set, err
+	return v, opts.Measurements, err
 }
 
 // dial connects to addr, or to what --connect-to names.
