@@ -104,7 +104,7 @@ func TestVectors(t *testing.T) {
 			wantRule(t, err, RuleAge, "old at")
 			_, err = Verify(doc, Options{AllowDebug: isDebug, MaxAge: 100 * 365 * 24 * time.Hour})
 			wantRule(t, err, RuleChain, "expired")
-			_, err = Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug, Root: newMaker().makeRoot(t)})
+			_, err = Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug, Root: strangerRoot(t)})
 			wantRule(t, err, RuleChain, "intermediate certificate 1: its issuer is")
 			for i := 0; i < len(doc); i += 97 { // a sample of the bits
 				bad := bytes.Clone(doc)
@@ -117,9 +117,12 @@ func TestVectors(t *testing.T) {
 	}
 }
 
-// makeRoot makes any root.
-func (m *maker) makeRoot(t testing.TB) *x509.Certificate {
-	m.make(t)
+// strangerRoot makes a root that issued nothing else.
+func strangerRoot(t testing.TB) *x509.Certificate {
+	m := newMaker()
+	if err := m.issueAnew(); err != nil {
+		t.Fatal(err)
+	}
 	return m.root
 }
 
@@ -150,45 +153,91 @@ func good(root *x509.Certificate) Options {
 	}
 }
 
+// TestVerify keeps every rule once, at its border where it has one.
 func TestVerify(t *testing.T) {
-	tests := map[string]func(*maker){
-		"as AWS sends it since August 2025": func(m *maker) { m.indefinite = true },
-		"as AWS sent it before":             func(*maker) {},
-		"tag 18":                            func(m *maker) { m.cose = func(b []byte) []byte { return append([]byte{0xd2}, b...) } },
-		"indefinite COSE array": func(m *maker) {
-			m.cose = func(b []byte) []byte { return append(append([]byte{0x9f}, b[1:]...), 0xff) }
-		},
-		"no nonce field":    func(m *maker) { m.remove("nonce") },
-		"unknown field":     func(m *maker) { m.set("new", []byte{0x82, 0x01, 0xa1, 0x02, 0xf5}) },
-		"one intermediate":  func(m *maker) { m.templates = append(m.templates[:1:1], m.templates[3:]...) },
-		"no intermediate":   func(m *maker) { m.templates = append(m.templates[:1:1], m.templates[4:]...) },
-		"no path lengths":   func(m *maker) { m.templates[3].MaxPathLenZero = false },
-		"unknown extension": func(m *maker) { m.templates[4].ExtraExtensions = []pkix.Extension{unknownExtension(false)} },
-		"long certificate":  func(m *maker) { m.templates[4].Subject.CommonName = strings.Repeat("x", 600) },
+	type doc = func(*maker)
+	type opts = func(*Options)
+	cert := func(i int, change func(*x509.Certificate)) doc {
+		return func(m *maker) { change(m.templates[i]) }
 	}
-	for name, change := range tests {
+	// A set of this one entry, with PCR16.
+	entry := func(m workload.Measurement) opts {
+		m.PCR16 = hexReg(0xb0)
+		return func(o *Options) { o.Measurements = workload.MeasurementSet{m} }
+	}
+	tests := map[string]struct {
+		doc  doc
+		opts opts
+	}{
+		// COSE, CBOR and fields.
+		"as AWS sends it since August 2025": {doc: func(m *maker) { m.indefinite = true }},
+		"as AWS sent it before":             {},
+		"tag 18":                            {doc: func(m *maker) { m.cose = func(b []byte) []byte { return append([]byte{0xd2}, b...) } }},
+		"indefinite COSE array": {doc: func(m *maker) {
+			m.cose = func(b []byte) []byte { return append(append([]byte{0x9f}, b[1:]...), 0xff) }
+		}},
+		"no nonce field": {doc: func(m *maker) { m.remove("nonce") }},
+		"unknown field":  {doc: func(m *maker) { m.set("new", []byte{0x82, 0x01, 0xa2, 0x02, 0xf5, 0x03, 0xf5}) }},
+		"nested 16 deep": {doc: func(m *maker) { m.set("deep", append(bytes.Repeat([]byte{0x81}, 15), 0)) }},
+
+		// Age.
+		"made now":                      {opts: func(o *Options) { o.Now = testTime }},
+		"exactly the maximum age":       {opts: func(o *Options) { o.Now = testTime.Add(DefaultMaxAge) }},
+		"exactly the age asked for":     {opts: func(o *Options) { o.MaxAge = time.Minute }},
+		"as old as asked for":           {opts: func(o *Options) { o.Now, o.MaxAge = testTime.Add(time.Hour), time.Hour }},
+		"as far ahead as clocks may be": {opts: func(o *Options) { o.Now = testTime.Add(-Skew) }},
+
+		// Chain.
+		"one intermediate": {doc: func(m *maker) { m.templates = append(m.templates[:1:1], m.templates[3:]...) }},
+		"no intermediate":  {doc: func(m *maker) { m.templates = append(m.templates[:1:1], m.templates[4:]...) }},
+		"no path lengths": {doc: func(m *maker) {
+			m.templates[1].MaxPathLen, m.templates[2].MaxPathLen, m.templates[3].MaxPathLenZero = 0, 0, false
+		}},
+		"root with path length 3":      {doc: cert(0, func(c *x509.Certificate) { c.MaxPathLen = 3 })},
+		"unknown extension":            {doc: cert(4, func(c *x509.Certificate) { c.ExtraExtensions = []pkix.Extension{unknownExtension(false)} })},
+		"long certificate":             {doc: cert(4, func(c *x509.Certificate) { c.Subject.CommonName = strings.Repeat("x", 600) })},
+		"leaf expired within the skew": {doc: cert(4, func(c *x509.Certificate) { c.NotAfter = testTime.Add(-4 * time.Minute) })},
+		"leaf valid within the skew":   {doc: cert(4, func(c *x509.Certificate) { c.NotBefore = testTime.Add(6 * time.Minute) })},
+
+		// What the caller pins.
+		"nonce":            {doc: func(m *maker) { m.set("nonce", []byte{0x41, 0x01}) }, opts: func(o *Options) { o.Nonce = []byte{1} }},
+		"empty nonce":      {doc: func(m *maker) { m.set("nonce", []byte{0x40}) }, opts: func(o *Options) { o.Nonce = []byte{} }},
+		"nothing pinned":   {opts: func(o *Options) { *o = Options{Root: o.Root, Now: o.Now} }},
+		"PCR1 and PCR2":    {opts: entry(workload.Measurement{PCR1: hexReg(0xa1), PCR2: hexReg(0xa2)})},
+		"PCR8":             {doc: func(m *maker) { m.set("pcrs", pcrs(map[uint]byte{0: 0xa0, 8: 0xa8, 16: 0xb0})) }, opts: entry(workload.Measurement{PCR8: hexReg(0xa8)})},
+		"PCR0, PCR3, PCR4": {opts: entry(workload.Measurement{PCR0: hexReg(0xa0), PCR3: hexReg(0xa3), PCR4: hexReg(0xa4)})},
+		"capital digits":   {opts: entry(workload.Measurement{PCR0: strings.ToUpper(hexReg(0xa0))})},
+		"debug, if allowed": {doc: func(m *maker) { m.set("pcrs", pcrs(map[uint]byte{0: 0, 16: 0xb0})) }, opts: func(o *Options) {
+			o.AllowDebug = true
+			o.Measurements = workload.MeasurementSet{{PCR0: hexReg(0), PCR16: hexReg(0xb0)}}
+		}},
+		"debug allowed, but not used": {opts: func(o *Options) { o.AllowDebug = true }},
+	}
+	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
 			m := newMaker()
-			change(m)
+			if tc.doc != nil {
+				tc.doc(m)
+			}
 			doc := m.make(t)
-			d, err := Verify(doc, good(m.root))
+			opts := good(m.root)
+			if tc.opts != nil {
+				tc.opts(&opts)
+			}
+			d, err := Verify(doc, opts)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !d.Development {
-				t.Error("a document below another root is not marked as development")
+			want := &Document{
+				ModuleID: "i-0123456789abcdef0-enc0123456789abcdef", Digest: "SHA384", Timestamp: testTime, PCRs: d.PCRs,
+				Certificate: m.ders[len(m.ders)-1], CABundle: m.ders[:len(m.ders)-1],
+				PublicKey: []byte("key"), UserData: []byte{}, Nonce: opts.Nonce, Development: true,
 			}
-			if d.ModuleID != "i-0123456789abcdef0-enc0123456789abcdef" || d.Digest != "SHA384" || !d.Timestamp.Equal(testTime) {
-				t.Errorf("got %q, %q, %s", d.ModuleID, d.Digest, d.Timestamp)
+			if diff := cmp.Diff(want, d); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
 			}
-			if string(d.PublicKey) != "key" || d.UserData == nil || len(d.UserData) != 0 || d.Nonce != nil {
-				t.Errorf("got public key %q, user data %v, nonce %v", d.PublicKey, d.UserData, d.Nonce)
-			}
-			if len(d.PCRs) != 6 || !bytes.Equal(d.PCRs[16], bytes.Repeat([]byte{0xb0}, 48)) {
-				t.Errorf("got registers %x", d.PCRs)
-			}
-			if len(d.CABundle) != len(m.templates)-1 || len(d.Certificate) == 0 {
-				t.Errorf("got %d certificates in the bundle, %d bytes of leaf", len(d.CABundle), len(d.Certificate))
+			if !bytes.Equal(d.PCRs[16], bytes.Repeat([]byte{0xb0}, 48)) {
+				t.Errorf("PCR16 is %x", d.PCRs[16])
 			}
 		})
 	}
@@ -239,6 +288,7 @@ func TestVerifyRefuses(t *testing.T) {
 		"payload with trailing bytes": {doc: payload(func(b []byte) []byte { return append(b, 0) }), rule: RuleFormat, want: "1 bytes follow"},
 		"payload without break":       {doc: func(m *maker) { m.indefinite = true; m.payload = func(b []byte) []byte { return b[:len(b)-1] } }, rule: RuleFormat, want: "data ends"},
 		"nested too deep":             {doc: set("deep", bytes.Repeat([]byte{0x81}, 1000)), rule: RuleFormat, want: "nested more than 16 deep"},
+		"key twice in a new field":    {doc: set("new", []byte{0xa2, 0x01, 0x02, 0x01, 0x03}), rule: RuleFormat, want: "a key twice"},
 		"huge array":                  {doc: set("huge", []byte{0x9a, 0xff, 0xff, 0xff, 0xff}), rule: RuleFormat, want: "data ends"},
 
 		// Fields.
@@ -319,7 +369,14 @@ func TestVerifyRefuses(t *testing.T) {
 		"other workload":     {doc: set("pcrs", pcrs(map[uint]byte{0: 0xa0, 3: 0xa3, 16: 0xb1})), rule: RuleMeasurement, want: `the closest is "new": PCR16 expected ` + hexReg(0xb0) + ", seen " + hexReg(0xb1)},
 		"PCR16 not locked":   {doc: set("pcrs", pcrs(map[uint]byte{0: 0xa0, 3: 0xa3})), rule: RuleMeasurement, want: "PCR16 expected " + hexReg(0xb0) + ", seen none"},
 		"empty measurements": {opts: func(o *Options) { o.Measurements = workload.MeasurementSet{} }, rule: RuleMeasurement, want: "set is empty"},
-		"half an entry":      {opts: func(o *Options) { o.Measurements = workload.MeasurementSet{{PCR0: hexReg(0xa0)}} }, rule: RuleMeasurement, want: "pins no workload"},
+		"PCR1 without PCR2": {opts: func(o *Options) {
+			o.Measurements = workload.MeasurementSet{{PCR1: hexReg(0xa1), PCR16: hexReg(0xb0)}}
+		}, rule: RuleMeasurement, want: "pins no code"},
+		"PCR8 of no signer": {doc: set("pcrs", pcrs(map[uint]byte{0: 0xa0, 8: 0, 16: 0xb0})), opts: func(o *Options) {
+			o.Measurements = workload.MeasurementSet{{PCR8: hexReg(0), PCR16: hexReg(0xb0)}}
+		}, rule: RuleMeasurement, want: "pins no code"},
+		"other role":    {opts: func(o *Options) { o.Measurements = o.Measurements[1:]; o.Measurements[0].PCR3 = hexReg(0xa4) }, rule: RuleMeasurement, want: "PCR3 expected"},
+		"half an entry": {opts: func(o *Options) { o.Measurements = workload.MeasurementSet{{PCR0: hexReg(0xa0)}} }, rule: RuleMeasurement, want: "pins no workload"},
 	}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -354,41 +411,6 @@ func qemuDocument(doc []byte) []byte {
 	return doc
 }
 
-func TestVerifyBorders(t *testing.T) {
-	m := newMaker()
-	m.templates[4].NotAfter = testTime.Add(10 * time.Minute)
-	doc := m.make(t)
-	for name, now := range map[string]time.Time{
-		"exactly the maximum age, leaf expired within the skew": testTime.Add(15 * time.Minute),
-		"as far ahead as clocks may differ":                     testTime.Add(-5 * time.Minute),
-	} {
-		t.Run(name, func(t *testing.T) {
-			opts := good(m.root)
-			opts.Now = now
-			if _, err := Verify(doc, opts); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// TestVerifyDebug accepts a debug enclave only if asked to.
-func TestVerifyDebug(t *testing.T) {
-	m := newMaker()
-	m.set("pcrs", pcrs(map[uint]byte{0: 0, 1: 0, 2: 0, 16: 0xb0}))
-	doc := m.make(t)
-	opts := good(m.root)
-	opts.Measurements = workload.MeasurementSet{{PCR0: hexReg(0), PCR16: hexReg(0xb0)}}
-	opts.AllowDebug = true
-	d, err := Verify(doc, opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !d.Debug() {
-		t.Error("Debug() = false")
-	}
-}
-
 // TestIgnoresBundleRoot puts another root, and then nonsense, where the bundle has its root.
 func TestIgnoresBundleRoot(t *testing.T) {
 	signer := newSigner(t)
@@ -403,10 +425,10 @@ func TestIgnoresBundleRoot(t *testing.T) {
 	for name, first := range map[string][]byte{"AWS's root": AWSRoot().Raw, "nonsense": {1, 2, 3}, "nothing": nil} {
 		t.Run(name, func(t *testing.T) {
 			bundle := append([][]byte{first}, d.CABundle[1:]...)
-			if _, _, err := verifyChain(signer.Root(), bundle, d.Certificate, testTime); err != nil {
+			if _, err := verifyChain(signer.Root(), bundle, d.Certificate, testTime); err != nil {
 				t.Errorf("with the pinned root: %v", err)
 			}
-			if _, _, err := verifyChain(AWSRoot(), bundle, d.Certificate, testTime); err == nil {
+			if _, err := verifyChain(AWSRoot(), bundle, d.Certificate, testTime); err == nil {
 				t.Error("accepted with a root that did not sign")
 			}
 		})
@@ -456,7 +478,8 @@ func FuzzVerify(f *testing.F) {
 	f.Add([]byte{0x84, 0x44, 0xa1, 0x01, 0x38, 0x22, 0xa0, 0x40, 0x58, 0x60})
 	other := newMaker()
 	other.templates[0].Subject.CommonName = "other" // refused by name, so fuzzing does not wait for P-384
-	stranger := other.makeRoot(f)
+	other.issue(f)
+	stranger := other.root
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		d, err := ParseUnverified(doc)
 		if err != nil {

@@ -47,30 +47,36 @@ func ParseRoot(data []byte) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// verifyChain walks from the pinned root down to the leaf and returns the leaf's key and the time
-// at which the first certificate expires. bundle[0] is the sender's idea of the root and is ignored.
+// chain is what a verified chain of certificates says.
+type chain struct {
+	key   *ecdsa.PublicKey // the leaf's
+	valid period           // in which all of its certificates are valid
+}
+
+// verifyChain walks from the pinned root down to the leaf. bundle[0] is the sender's idea of the root and
+// is ignored.
 //
 // The walk is linear, as AWS builds the bundle, so a document cannot make the verifier search; it
 // ends at the first certificate that its predecessor did not sign.
-func verifyChain(root *x509.Certificate, bundle [][]byte, leaf []byte, now time.Time) (*ecdsa.PublicKey, time.Time, error) {
-	chain := append(bundle[1:len(bundle):len(bundle)], leaf)
+func verifyChain(root *x509.Certificate, bundle [][]byte, leaf []byte, now time.Time) (chain, error) {
+	ders := append(bundle[1:len(bundle):len(bundle)], leaf)
 	key, err := checkCertificate(root, now)
 	if err == nil {
-		err = checkCA(root, len(chain)-1)
+		err = checkCA(root, len(ders)-1)
 	}
 	if err != nil {
-		return nil, time.Time{}, fmt.Errorf("root certificate: %w", err)
+		return chain{}, fmt.Errorf("root certificate: %w", err)
 	}
-	issuer, notAfter := root, root.NotAfter
-	for i, der := range chain {
+	issuer, valid := root, validity(root)
+	for i, der := range ders {
 		name := "intermediate certificate " + strconv.Itoa(i+1)
-		isLeaf := i == len(chain)-1
+		isLeaf := i == len(ders)-1
 		if isLeaf {
 			name = "leaf certificate"
 		}
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {
-			return nil, time.Time{}, fmt.Errorf("%s: %w", name, err)
+			return chain{}, fmt.Errorf("%s: %w", name, err)
 		}
 		key, err = checkCertificate(cert, now)
 		if err == nil {
@@ -79,17 +85,14 @@ func verifyChain(root *x509.Certificate, bundle [][]byte, leaf []byte, now time.
 		if err == nil && isLeaf {
 			err = checkLeaf(cert)
 		} else if err == nil {
-			err = checkCA(cert, len(chain)-2-i)
+			err = checkCA(cert, len(ders)-2-i)
 		}
 		if err != nil {
-			return nil, time.Time{}, fmt.Errorf("%s: %w", name, err)
+			return chain{}, fmt.Errorf("%s: %w", name, err)
 		}
-		if cert.NotAfter.Before(notAfter) {
-			notAfter = cert.NotAfter
-		}
-		issuer = cert
+		issuer, valid = cert, valid.and(validity(cert))
 	}
-	return key, notAfter, nil
+	return chain{key, valid}, nil
 }
 
 // checkCertificate holds every certificate of the chain to the same form: P-384, in its time,

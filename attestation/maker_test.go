@@ -8,6 +8,8 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"math/big"
+	"reflect"
+	"sync"
 	"testing"
 	"time"
 
@@ -30,7 +32,9 @@ type maker struct {
 	payload    func([]byte) []byte // changes the encoded payload before it is signed
 	cose       func([]byte) []byte // changes the signed document
 
-	root *x509.Certificate // set by make
+	root *x509.Certificate // set by make, as what follows
+	ders [][]byte          // root first, leaf last
+	key  *ecdsa.PrivateKey // the leaf's
 }
 
 // field is a field of the payload: its name and encoded value.
@@ -42,10 +46,28 @@ type field struct {
 func newMaker() *maker {
 	m := &maker{
 		curve:     elliptic.P384(),
+		templates: templates(),
 		unrelated: -1,
 		payload:   func(b []byte) []byte { return b },
 		cose:      func(b []byte) []byte { return b },
 	}
+	m.fields = []field{
+		{"module_id", cbor.AppendText(nil, "i-0123456789abcdef0-enc0123456789abcdef")},
+		{"digest", cbor.AppendText(nil, "SHA384")},
+		{"timestamp", cbor.AppendUint(nil, uint64(testTime.UnixMilli()))},
+		{"pcrs", pcrs(map[uint]byte{0: 0xa0, 1: 0xa1, 2: 0xa2, 3: 0xa3, 4: 0xa4, 16: 0xb0})},
+		{"certificate", nil},
+		{"cabundle", nil},
+		{"public_key", cbor.AppendBytes(nil, []byte("key"))},
+		{"user_data", cbor.AppendBytes(nil, []byte{})},
+		{"nonce", cbor.AppendOptionalBytes(nil, nil)},
+	}
+	return m
+}
+
+// templates are those of AWS's chain.
+func templates() []*x509.Certificate {
+	var all []*x509.Certificate
 	for i, life := range []time.Duration{30 * 365 * 24 * time.Hour, 20 * 24 * time.Hour, 6 * 24 * time.Hour, 24 * time.Hour, 3 * time.Hour} {
 		template := &x509.Certificate{
 			SerialNumber:          big.NewInt(int64(i + 1)),
@@ -65,20 +87,9 @@ func newMaker() *maker {
 		case 4:
 			template.IsCA, template.KeyUsage = false, x509.KeyUsageDigitalSignature
 		}
-		m.templates = append(m.templates, template)
+		all = append(all, template)
 	}
-	m.fields = []field{
-		{"module_id", cbor.AppendText(nil, "i-0123456789abcdef0-enc0123456789abcdef")},
-		{"digest", cbor.AppendText(nil, "SHA384")},
-		{"timestamp", cbor.AppendUint(nil, uint64(testTime.UnixMilli()))},
-		{"pcrs", pcrs(map[uint]byte{0: 0xa0, 1: 0xa1, 2: 0xa2, 3: 0xa3, 4: 0xa4, 16: 0xb0})},
-		{"certificate", nil},
-		{"cabundle", nil},
-		{"public_key", cbor.AppendBytes(nil, []byte("key"))},
-		{"user_data", cbor.AppendBytes(nil, []byte{})},
-		{"nonce", cbor.AppendOptionalBytes(nil, nil)},
-	}
-	return m
+	return all
 }
 
 // pcrs encodes registers of 48 equal bytes.
@@ -111,23 +122,49 @@ func (m *maker) remove(key string) {
 	}
 }
 
-// make makes the document and sets m.root.
+// make makes the chain and a document.
 func (m *maker) make(t testing.TB) []byte {
 	t.Helper()
+	m.issue(t)
+	return m.sign(t)
+}
+
+// usual is a chain of unchanged templates, which all tests share: P-384 takes time.
+var usual = sync.OnceValue(func() *maker {
+	m := &maker{curve: elliptic.P384(), templates: templates(), unrelated: -1}
+	if err := m.issueAnew(); err != nil {
+		panic(err)
+	}
+	return m
+})
+
+// issue makes the chain.
+func (m *maker) issue(t testing.TB) {
+	t.Helper()
+	if m.curve == elliptic.P384() && m.unrelated == -1 && reflect.DeepEqual(m.templates, templates()) {
+		m.root, m.ders, m.key = usual().root, usual().ders, usual().key
+		return
+	}
+	if err := m.issueAnew(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (m *maker) issueAnew() error {
 	var issuerKey, key *ecdsa.PrivateKey
 	var issuer *x509.Certificate
-	var ders [][]byte
+	m.ders = nil
 	for i, template := range m.templates {
 		var err error
 		if key, err = ecdsa.GenerateKey(m.curve, rand.Reader); err != nil {
-			t.Fatal(err)
+			return err
 		}
 		if i == 0 {
 			issuer, issuerKey = template, key
 		}
 		if i == m.unrelated {
 			if issuerKey, err = ecdsa.GenerateKey(m.curve, rand.Reader); err != nil {
-				t.Fatal(err)
+				return err
 			}
 			unrelated := *issuer // CreateCertificate compares its key with the issuer's
 			unrelated.PublicKey = issuerKey.Public()
@@ -135,20 +172,27 @@ func (m *maker) make(t testing.TB) []byte {
 		}
 		der, err := x509.CreateCertificate(rand.Reader, template, issuer, key.Public(), issuerKey)
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		if issuer, err = x509.ParseCertificate(der); err != nil {
-			t.Fatal(err)
+			return err
 		}
 		issuerKey = key
-		ders = append(ders, der)
+		m.ders = append(m.ders, der)
 		if i == 0 {
 			m.root = issuer
 		}
 	}
-	leaf := len(ders) - 1
+	m.key = key
+	return nil
+}
+
+// sign makes a document of the chain.
+func (m *maker) sign(t testing.TB) []byte {
+	t.Helper()
+	leaf := len(m.ders) - 1
 	bundle := cbor.AppendArray(nil, leaf)
-	for _, der := range ders[:leaf] {
+	for _, der := range m.ders[:leaf] {
 		bundle = cbor.AppendBytes(bundle, der)
 	}
 	payload := cbor.AppendMap(nil, len(m.fields))
@@ -159,7 +203,7 @@ func (m *maker) make(t testing.TB) []byte {
 		value := f.value
 		switch {
 		case f.key == "certificate" && value == nil:
-			value = cbor.AppendBytes(nil, ders[leaf])
+			value = cbor.AppendBytes(nil, m.ders[leaf])
 		case f.key == "cabundle" && value == nil:
 			value = bundle
 		}
@@ -168,7 +212,7 @@ func (m *maker) make(t testing.TB) []byte {
 	if m.indefinite {
 		payload = append(payload, 0xff)
 	}
-	doc, err := nsmdev.SignPayload(key, m.payload(payload))
+	doc, err := nsmdev.SignPayload(m.key, m.payload(payload))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"cloister.dev/cloister/internal/cbor"
@@ -34,7 +33,6 @@ const (
 	MediaType = "application/aws-nitro-document"
 
 	cmwEvidence = 1 << 2 // RFC 9999: bit 2 of the indicator is "evidence"
-	maxCached   = 1024   // certificates in a Verifier's cache
 )
 
 // oidCMW is id-pe-cmw, the X.509 extension for a conceptual message wrapper (RFC 9999).
@@ -137,19 +135,11 @@ func IsAttestedHello(hello *tls.ClientHelloInfo) bool {
 }
 
 // Verifier verifies the attested certificates of TLS connections. It remembers what it verified by
-// the certificate's digest until the document is too old or a certificate of its chain expires. It
-// is safe for concurrent use.
+// the certificate's digest until the document is too old or a certificate of its chain expires, and
+// chains as Chains does. It is safe for concurrent use.
 type Verifier struct {
-	opts Options
-
-	mu    sync.Mutex
-	cache map[[sha256.Size]byte]verified
-}
-
-// verified is a certificate's document and the time until which it is accepted.
-type verified struct {
-	document *Document
-	until    time.Time
+	opts         Options
+	certificates cache[*Document]
 }
 
 // NewVerifier returns a verifier for opts, which must have Measurements. UserData, if nil, is
@@ -167,7 +157,10 @@ func NewVerifier(opts Options) (*Verifier, error) {
 	if opts.MaxAge == 0 {
 		opts.MaxAge = DefaultMaxAge
 	}
-	return &Verifier{opts: opts, cache: map[[sha256.Size]byte]verified{}}, nil
+	if opts.Chains == nil {
+		opts.Chains = new(Chains)
+	}
+	return &Verifier{opts: opts}, nil
 }
 
 // ClientConfig returns a copy of base (or of an empty configuration, if nil) that connects only to
@@ -226,50 +219,34 @@ func (v *Verifier) verifyConnection(state tls.ConnectionState, now time.Time) (*
 	}
 	cert := state.PeerCertificates[0]
 	digest := sha256.Sum256(cert.Raw)
-	v.mu.Lock()
-	hit, ok := v.cache[digest]
-	v.mu.Unlock()
-	if ok && !now.After(hit.until) && now.Sub(hit.document.Timestamp) >= -Skew {
-		return hit.document, nil
+	if document, ok := v.certificates.get(digest, now); ok {
+		return document, nil
 	}
-
-	fresh, err := v.verifyCertificate(cert, now)
+	document, valid, err := v.verifyCertificate(cert, now)
 	if err != nil {
 		return nil, err
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.makeRoom(now)
-	v.cache[digest] = fresh
-	return fresh.document, nil
+	v.certificates.put(digest, document, valid, now)
+	return document, nil
 }
 
-// verifyCertificate checks a certificate and its document. That its key made the handshake is
-// crypto/tls's part (CertificateVerify, RFC 8446, section 4.4.3).
-func (v *Verifier) verifyCertificate(cert *x509.Certificate, now time.Time) (verified, error) {
+// verifyCertificate checks a certificate and its document, and returns the period in which both are
+// accepted. That its key made the handshake is crypto/tls's part (CertificateVerify, RFC 8446, section
+// 4.4.3).
+func (v *Verifier) verifyCertificate(cert *x509.Certificate, now time.Time) (*Document, period, error) {
 	doc, err := DocumentFromCertificate(cert)
 	if err != nil {
-		return verified{}, err
+		return nil, period{}, err
 	}
-	if now.Add(Skew).Before(cert.NotBefore) || now.Add(-Skew).After(cert.NotAfter) {
-		return verified{}, refuse(RuleCertificate, "the certificate is valid from %s to %s, but now is %s",
+	if !validity(cert).contains(now) {
+		return nil, period{}, refuse(RuleCertificate, "the certificate is valid from %s to %s, but now is %s",
 			stamp(cert.NotBefore), stamp(cert.NotAfter), stamp(now))
 	}
 	opts := v.opts
 	opts.Now = now
 	opts.PublicKey = cert.RawSubjectPublicKeyInfo
-	document, notAfter, err := verify(bytes.Clone(doc), opts)
-	if err != nil {
-		return verified{}, err
-	}
-	if cert.NotAfter.Before(notAfter) {
-		notAfter = cert.NotAfter
-	}
-	until := notAfter.Add(Skew)
-	if limit := document.Timestamp.Add(opts.MaxAge); limit.Before(until) {
-		until = limit
-	}
-	return verified{document, until}, nil
+	document, valid, err := verify(bytes.Clone(doc), opts)
+	return document, valid.and(validity(cert)), err
 }
 
 // ClientVerifier verifies the attested certificates of TLS clients: of enclaves that connect to a
@@ -329,19 +306,4 @@ func (c *ClientVerifier) ServerConfig(base *tls.Config) *tls.Config {
 // changed. It answers from the cache while the document is young enough, and refuses it afterwards.
 func (c *ClientVerifier) Document(state tls.ConnectionState) (*Document, error) {
 	return c.v.verifyConnection(state, time.Now())
-}
-
-// makeRoom keeps the cache bounded: it drops what has expired and, if that is not enough, all.
-func (v *Verifier) makeRoom(now time.Time) {
-	if len(v.cache) < maxCached {
-		return
-	}
-	for digest, entry := range v.cache {
-		if now.After(entry.until) {
-			delete(v.cache, digest)
-		}
-	}
-	if len(v.cache) >= maxCached {
-		clear(v.cache)
-	}
 }

@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -297,8 +296,8 @@ func TestCache(t *testing.T) {
 		if first == nil {
 			first = d
 		}
-		if d != first || len(v.cache) != 1 {
-			t.Errorf("at the age of %s: verified anew, %d entries", age, len(v.cache))
+		if n := len(v.certificates.entries); d != first || n != 1 {
+			t.Errorf("at the age of %s: verified anew, %d entries", age, n)
 		}
 	}
 	now = testTime.Add(DefaultMaxAge + time.Second)
@@ -313,24 +312,6 @@ func TestCache(t *testing.T) {
 	server.Certificates[0].PrivateKey = newKey(t)
 	if _, _, err := handshake(t, client, server); err == nil {
 		t.Error("accepted the cached certificate without its key")
-	}
-}
-
-func TestCacheBound(t *testing.T) {
-	v := newEnclave(t).verifier(t)
-	for i := range maxCached {
-		v.cache[sha256.Sum256([]byte{byte(i), byte(i >> 8)})] = verified{until: testTime.Add(time.Duration(i) * time.Second)}
-	}
-	v.makeRoom(testTime.Add(10*time.Second + 1))
-	if got := len(v.cache); got != maxCached-11 {
-		t.Errorf("%d entries are left, want %d", got, maxCached-11)
-	}
-	for i := range maxCached {
-		v.cache[sha256.Sum256([]byte{byte(i), byte(i >> 8)})] = verified{until: testTime}
-	}
-	v.makeRoom(testTime)
-	if got := len(v.cache); got != 0 {
-		t.Errorf("%d entries are left, want none", got)
 	}
 }
 
@@ -432,7 +413,8 @@ func BenchmarkConnection(b *testing.B) {
 	v := e.verifier(b)
 	b.Run("cold", func(b *testing.B) {
 		for b.Loop() {
-			clear(v.cache)
+			clear(v.certificates.entries)
+			clear(v.opts.Chains.entries)
 			if _, err := v.verifyConnection(state, testTime); err != nil {
 				b.Fatal(err)
 			}

@@ -41,6 +41,9 @@ type Options struct {
 
 	// AllowDebug accepts enclaves in debug mode (all-zero PCR0), which keep no secret from their host.
 	AllowDebug bool
+
+	// Chains, if set, remembers certificate chains from one call to the next.
+	Chains *Chains
 }
 
 // Verify reads an attestation document and checks it against opts. The error, if any, is an *Error.
@@ -50,11 +53,11 @@ func Verify(doc []byte, opts Options) (*Document, error) {
 	return d, err
 }
 
-// verify is Verify and also returns the time at which the first certificate of the chain expires.
-func verify(doc []byte, opts Options) (*Document, time.Time, error) {
+// verify is Verify and also returns the period in which the same call would accept the document.
+func verify(doc []byte, opts Options) (*Document, period, error) {
 	env, d, err := parse(doc)
 	if err != nil {
-		return nil, time.Time{}, err
+		return nil, period{}, err
 	}
 	root := opts.Root
 	if root == nil {
@@ -72,27 +75,28 @@ func verify(doc []byte, opts Options) (*Document, time.Time, error) {
 	}
 	age := now.Sub(d.Timestamp)
 	if age < -Skew {
-		return nil, time.Time{}, refuse(RuleAge, "the document is from %s, %s in the future of %s: check the clock",
+		return nil, period{}, refuse(RuleAge, "the document is from %s, %s in the future of %s: check the clock",
 			stamp(d.Timestamp), -age.Round(time.Second), stamp(now))
 	}
 	if age > maxAge {
-		return nil, time.Time{}, refuse(RuleAge, "the document is from %s, %s old at %s; at most %s is accepted",
+		return nil, period{}, refuse(RuleAge, "the document is from %s, %s old at %s; at most %s is accepted",
 			stamp(d.Timestamp), age.Round(time.Second), stamp(now), maxAge)
 	}
 
-	key, notAfter, err := verifyChain(root, d.CABundle, d.Certificate, now)
+	ch, err := opts.Chains.verify(root, d, now)
 	if err != nil {
-		return nil, time.Time{}, &Error{RuleChain, err}
+		return nil, period{}, &Error{RuleChain, err}
 	}
 	r := new(big.Int).SetBytes(env.signature[:signatureBytes/2])
 	s := new(big.Int).SetBytes(env.signature[signatureBytes/2:])
-	if !ecdsa.Verify(key, env.signed(), r, s) {
-		return nil, time.Time{}, refuse(RuleSignature, "the signature is not that of the document's certificate: the document was changed or is not signed")
+	if !ecdsa.Verify(ch.key, env.signed(), r, s) {
+		return nil, period{}, refuse(RuleSignature, "the signature is not that of the document's certificate: the document was changed or is not signed")
 	}
 	if err := verifyContent(d, opts); err != nil {
-		return nil, time.Time{}, err
+		return nil, period{}, err
 	}
-	return d, notAfter, nil
+	opts.Chains.remember(root, d, ch, now)
+	return d, ch.valid.and(period{d.Timestamp.Add(-Skew), d.Timestamp.Add(maxAge)}), nil
 }
 
 // verifyContent compares what the document says with what the caller pins.

@@ -224,7 +224,8 @@ func (d *Decoder) items(n uint64, indef bool, item func(i int) error) error {
 	return nil
 }
 
-// Skip reads one item of any type, refusing what is not well-formed or nested more than 16 deep.
+// Skip reads one item of any type, refusing what is not well-formed, is nested more than 16 deep, or has a
+// map with the same key, byte for byte, twice.
 func (d *Decoder) Skip() error {
 	return d.skip(maxDepth)
 }
@@ -249,10 +250,17 @@ func (d *Decoder) skip(depth int) error {
 	case majorArray:
 		err = d.items(arg, indef, next)
 	case majorMap:
+		seen := map[string]bool{}
 		err = d.items(arg, indef, func(i int) error {
+			before := d.rest
 			if err := next(i); err != nil {
 				return err
 			}
+			key := string(before[:len(before)-len(d.rest)])
+			if seen[key] {
+				return errors.New("a map has a key twice")
+			}
+			seen[key] = true
 			return next(i)
 		})
 	case majorTag:
