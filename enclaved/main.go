@@ -64,7 +64,7 @@ func run() error {
 		return fmt.Errorf("dial the host's port %d: %w", channel.Port, err)
 	}
 	enclave := supervise.New(supervise.Config{
-		Guest: guest, Children: children, Self: system.Self, Dir: system.Dir, Memory: system.Memory,
+		Guest: guest, Children: children, Self: system.Self, Dir: system.Dir, Memory: system.Memory, Sealed: system.Sealed,
 		OpenModule: func(dial func(context.Context) (net.Conn, error)) (nsm.Provider, error) {
 			if system.Module == "dev" {
 				return nsm.NewDevelopment(dial), nil

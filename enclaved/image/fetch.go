@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"cloister.dev/cloister/internal/oci"
 	"cloister.dev/cloister/workload"
 )
 
@@ -28,10 +30,15 @@ const (
 // answers, so it is long.
 const headerTimeout = 15 * time.Minute
 
+// Config is what an image says about how it is run.
+type Config = oci.Config
+
 // Fetcher gets an image from a content server: plain HTTP, GET /manifests/<digest> and GET
-// /blobs/<digest>. The server is the host's: it can refuse and delay, and nothing else.
+// /blobs/<digest>. The server is the host's: it can refuse and delay, and nothing else. Or it gets the
+// image from a layout in the enclave's own file system. Both ways every byte is verified.
 type Fetcher struct {
 	client   *http.Client
+	layout   string // directory; empty for a content server
 	progress func(step, failure string)
 	wait     func(ctx context.Context, d time.Duration) error
 }
@@ -55,6 +62,12 @@ func NewFetcher(dial func(context.Context) (net.Conn, error), progress func(step
 	}
 }
 
+// NewLayout returns a Fetcher that reads the OCI layout (OCI image-spec, image-layout.md) in dir. What is
+// missing or wrong there stays so: the first error is final.
+func NewLayout(dir string, progress func(step, failure string)) *Fetcher {
+	return &Fetcher{client: &http.Client{}, layout: dir, progress: progress}
+}
+
 // Close closes what f has open.
 func (f *Fetcher) Close() { f.client.CloseIdleConnections() }
 
@@ -68,20 +81,20 @@ func sleep(ctx context.Context, d time.Duration) error {
 }
 
 // Image fetches want and unpacks it into root, an existing empty directory; scratch is a directory for
-// one compressed layer at a time. Compressed and unpacked bytes may take limit bytes of memory. Each
-// fetch that fails is tried again until ctx ends: then the error is ctx's cause. Every other error is
-// final: the image itself cannot be used.
+// one compressed layer at a time, unused with a layout. Compressed and unpacked bytes may take limit bytes
+// of memory, without those of a layout. Each fetch from a content server that fails is tried again until
+// ctx ends: then the error is ctx's cause. Every other error is final: the image itself cannot be used.
 func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch string, limit int64) (*Config, error) {
 	platform := want.Platform
 	if platform == "" {
 		platform = workload.DefaultPlatform
 	}
-	m, err := f.manifest(ctx, descriptor{Digest: want.Digest, Size: -1})
+	m, err := f.manifest(ctx, oci.Descriptor{Digest: want.Digest, Size: -1})
 	if err != nil {
 		return nil, err
 	}
 	if m.Manifests != nil {
-		d, err := m.choose(platform)
+		d, err := m.Choose(platform)
 		if err != nil {
 			return nil, err
 		}
@@ -92,11 +105,11 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 			return nil, errors.New("the image index names another index where an image was expected")
 		}
 	}
-	b, err := f.bytes(ctx, "fetching the image's config", "/blobs/", *m.Config, maxConfig)
+	b, err := f.bytes(ctx, "fetching the image's config", "/blobs/", *m.Config, oci.MaxConfig)
 	if err != nil {
 		return nil, err
 	}
-	config, err := parseConfig(b, platform, len(m.Layers))
+	config, err := oci.ParseConfig(b, platform, len(m.Layers))
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +120,7 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 	defer u.Close()
 	for i, l := range m.Layers {
 		step := fmt.Sprintf("fetching layer %d of %d (%d bytes)", i+1, len(m.Layers), l.Size)
-		if need := u.Used() + content(l.Size); need > limit {
+		if need := u.Used() + f.held(l); need > limit {
 			return nil, &SpaceError{Need: need, Limit: limit}
 		}
 		blob, err := f.layer(ctx, step, l, scratch)
@@ -115,7 +128,7 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 			return nil, err
 		}
 		f.progress(fmt.Sprintf("unpacking layer %d of %d", i+1, len(m.Layers)), "")
-		err = unpackVerified(ctx, u, blob, l, config.RootFS.DiffIDs[i])
+		err = unpackVerified(ctx, u, blob, f.held(l), l, config.RootFS.DiffIDs[i])
 		blob.Close()
 		if err != nil {
 			if ctx.Err() != nil {
@@ -127,17 +140,25 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 	return &config.Config, nil
 }
 
-// unpackVerified unpacks a layer whose compressed bytes have been verified, and verifies the others.
-func unpackVerified(ctx context.Context, u *Unpacker, blob *os.File, d descriptor, diffID string) error {
-	// The compressed bytes lie in the same memory while the layer is unpacked.
-	u.limit -= content(d.Size)
-	defer func() { u.limit += content(d.Size) }()
+// held is how much memory a layer's compressed bytes take of what an image may take, in bytes.
+func (f *Fetcher) held(d oci.Descriptor) int64 {
+	if f.layout != "" {
+		return 0
+	}
+	return content(d.Size)
+}
+
+// unpackVerified unpacks a layer whose compressed bytes have been verified, and verifies the others. The
+// compressed bytes take held bytes of the same memory meanwhile.
+func unpackVerified(ctx context.Context, u *Unpacker, blob *os.File, held int64, d oci.Descriptor, diffID string) error {
+	u.limit -= held
+	defer func() { u.limit += held }()
 	h := sha256.New()
 	hashed := func(r io.Reader) io.Reader { return io.TeeReader(&contextReader{ctx, r}, h) }
-	if err := u.layer(blob, compression[d.MediaType], hashed); err != nil {
+	if err := u.layer(blob, oci.Layers[d.MediaType], hashed); err != nil {
 		var space *SpaceError
 		if errors.As(err, &space) { // said in whole figures
-			return &SpaceError{Need: space.Need + content(d.Size), Limit: space.Limit + content(d.Size)}
+			return &SpaceError{Need: space.Need + held, Limit: space.Limit + held}
 		}
 		return err
 	}
@@ -162,16 +183,16 @@ func (r *contextReader) Read(b []byte) (int, error) {
 
 // manifest fetches an index or an image manifest. Its size is not known when it is named by the
 // workload manifest: then it is negative.
-func (f *Fetcher) manifest(ctx context.Context, d descriptor) (*manifest, error) {
-	b, err := f.bytes(ctx, "fetching the image manifest", "/manifests/", d, maxManifest)
+func (f *Fetcher) manifest(ctx context.Context, d oci.Descriptor) (*oci.Manifest, error) {
+	b, err := f.bytes(ctx, "fetching the image manifest", "/manifests/", d, oci.MaxManifest)
 	if err != nil {
 		return nil, err
 	}
-	return parseManifest(b)
+	return oci.ParseManifest(b)
 }
 
 // bytes fetches and verifies something small.
-func (f *Fetcher) bytes(ctx context.Context, step, path string, d descriptor, limit int64) ([]byte, error) {
+func (f *Fetcher) bytes(ctx context.Context, step, path string, d oci.Descriptor, limit int64) ([]byte, error) {
 	var b []byte
 	err := f.retry(ctx, step, func() error {
 		body, err := f.get(ctx, path+d.Digest)
@@ -186,13 +207,33 @@ func (f *Fetcher) bytes(ctx context.Context, step, path string, d descriptor, li
 			return fmt.Errorf("%s has more than %d bytes", d.Digest, limit)
 		}
 		sum := sha256.Sum256(b)
-		return d.verify(int64(len(b)), sum[:])
+		return d.Verify(int64(len(b)), sum[:])
 	})
 	return b, err
 }
 
-// layer fetches and verifies a layer into an unnamed file.
-func (f *Fetcher) layer(ctx context.Context, step string, d descriptor, scratch string) (*os.File, error) {
+// layer fetches and verifies a layer into an unnamed file; that of a layout stays where it is.
+func (f *Fetcher) layer(ctx context.Context, step string, d oci.Descriptor, scratch string) (*os.File, error) {
+	if f.layout != "" {
+		f.progress(step, "")
+		file, err := f.open(d.Digest)
+		if err != nil {
+			return nil, err
+		}
+		h := sha256.New()
+		n, err := io.Copy(h, &contextReader{ctx, io.LimitReader(file, d.Size+1)})
+		if err == nil {
+			err = d.Verify(n, h.Sum(nil))
+		}
+		if err == nil {
+			_, err = file.Seek(0, io.SeekStart)
+		}
+		if err != nil {
+			file.Close()
+			return nil, err
+		}
+		return file, nil
+	}
 	file, err := unnamed(scratch)
 	if err != nil {
 		return nil, err
@@ -214,7 +255,7 @@ func (f *Fetcher) layer(ctx context.Context, step string, d descriptor, scratch 
 		if err != nil {
 			return fmt.Errorf("read %s: %w", d.Digest, err)
 		}
-		return d.verify(n, h.Sum(nil))
+		return d.Verify(n, h.Sum(nil))
 	})
 	if err == nil {
 		_, err = file.Seek(0, io.SeekStart)
@@ -239,18 +280,7 @@ func unnamed(dir string) (*os.File, error) {
 	return file, nil
 }
 
-// verify compares what was received with what was named.
-func (d descriptor) verify(size int64, sum []byte) error {
-	if d.Size >= 0 && size != d.Size {
-		return fmt.Errorf("%s came with another size than the %d bytes it is named with: it was refused", d.Digest, d.Size)
-	}
-	if got := "sha256:" + hex.EncodeToString(sum); got != d.Digest {
-		return fmt.Errorf("%s came with other bytes, whose digest is %s: they were refused", d.Digest, got)
-	}
-	return nil
-}
-
-// retry tries until it succeeds or ctx ends.
+// retry tries until it succeeds or ctx ends, and once with a layout.
 func (f *Fetcher) retry(ctx context.Context, step string, try func() error) error {
 	f.progress(step, "")
 	for wait := firstWait; ; wait = min(2*wait, lastWait) {
@@ -260,6 +290,9 @@ func (f *Fetcher) retry(ctx context.Context, step string, try func() error) erro
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		if f.layout != "" {
+			return err
 		}
 		f.progress(step, err.Error())
 		if err := f.wait(ctx, wait); err != nil {
@@ -271,8 +304,20 @@ func (f *Fetcher) retry(ctx context.Context, step string, try func() error) erro
 // maxSentence bounds the server's word on an error, in bytes.
 const maxSentence = 1 << 10
 
-// get returns the body of a 200 answer.
+// open opens what a layout has of a digest.
+func (f *Fetcher) open(digest string) (*os.File, error) {
+	file, err := os.Open(filepath.Join(f.layout, "blobs", strings.Replace(digest, ":", "/", 1)))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("the enclave image is incomplete, it lacks the blob %s: build it again with `cloister build`", digest)
+	}
+	return file, err
+}
+
+// get returns the body of a 200 answer, or a file of the layout.
 func (f *Fetcher) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	if f.layout != "" {
+		return f.open(filepath.Base(path))
+	}
 	// The host's name means nothing: the dialler leads to the content server.
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://content"+path, nil)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +19,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"cloister.dev/cloister/enclaved/image/imagetest"
+	"cloister.dev/cloister/internal/oci"
 	"cloister.dev/cloister/workload"
 )
 
@@ -34,13 +38,13 @@ type registry struct {
 	seen map[string]int
 }
 
-func (r *registry) add(t testing.TB, kind string, b []byte) descriptor {
+func (r *registry) add(t testing.TB, kind string, b []byte) oci.Descriptor {
 	t.Helper()
 	r.content["/"+kind+"/"+digestOf(b)] = b
-	return descriptor{Digest: digestOf(b), Size: int64(len(b))}
+	return oci.Descriptor{Digest: digestOf(b), Size: int64(len(b))}
 }
 
-func (r *registry) addJSON(t testing.TB, kind string, v any) descriptor {
+func (r *registry) addJSON(t testing.TB, kind string, v any) oci.Descriptor {
 	t.Helper()
 	b, err := json.Marshal(v)
 	if err != nil {
@@ -71,8 +75,8 @@ type object = map[string]any
 // sample is an image of two layers behind an index of two platforms.
 type sample struct {
 	*registry
-	index, manifest, arm, config descriptor
-	layers                       []descriptor
+	index, manifest, arm, config oci.Descriptor
+	layers                       []oci.Descriptor
 }
 
 func newSample(t testing.TB, edit func(config, manifest object)) *sample {
@@ -97,13 +101,13 @@ func newSample(t testing.TB, edit func(config, manifest object)) *sample {
 	manifest["config"] = object{"digest": s.config.Digest, "size": s.config.Size}
 	s.manifest = s.addJSON(t, "manifests", manifest)
 	s.arm = s.addJSON(t, "manifests", object{"schemaVersion": 2, "config": object{}, "layers": []any{}})
-	entry := func(d descriptor, mediaType, arch string) object {
+	entry := func(d oci.Descriptor, mediaType, arch string) object {
 		return object{"mediaType": mediaType, "digest": d.Digest, "size": d.Size, "platform": object{"os": "linux", "architecture": arch}}
 	}
 	s.index = s.addJSON(t, "manifests", object{"schemaVersion": 2, "manifests": []any{
 		entry(s.manifest, "application/vnd.in-toto+json", "amd64"),
-		entry(s.arm, ociManifest, "arm64"),
-		entry(s.manifest, ociManifest, "amd64"),
+		entry(s.arm, oci.MediaTypeManifest, "arm64"),
+		entry(s.manifest, oci.MediaTypeManifest, "amd64"),
 	}})
 	return s
 }
@@ -185,11 +189,11 @@ func TestFetchTriesAgain(t *testing.T) {
 
 // TestFetchRefuses flips one byte, cuts and extends each thing that is fetched: nothing of it is used.
 func TestFetchRefuses(t *testing.T) {
-	things := map[string]func(*sample) descriptor{
-		"index":       func(s *sample) descriptor { return s.index },
-		"manifest":    func(s *sample) descriptor { return s.manifest },
-		"config":      func(s *sample) descriptor { return s.config },
-		"first layer": func(s *sample) descriptor { return s.layers[0] },
+	things := map[string]func(*sample) oci.Descriptor{
+		"index":       func(s *sample) oci.Descriptor { return s.index },
+		"manifest":    func(s *sample) oci.Descriptor { return s.manifest },
+		"config":      func(s *sample) oci.Descriptor { return s.config },
+		"first layer": func(s *sample) oci.Descriptor { return s.layers[0] },
 	}
 	changes := map[string]func([]byte) []byte{
 		"one byte":   func(b []byte) []byte { b[len(b)/2] ^= 0x20; return b },
@@ -257,6 +261,77 @@ func TestUnusableImages(t *testing.T) {
 			_, _, failures, err := fetch(t, s, workload.Image{Digest: s.index.Digest, Platform: test.platform}, test.limit)
 			if err == nil || !strings.Contains(err.Error(), test.want) || len(failures) > 0 {
 				t.Errorf("got %v after %q, want %q at once", err, failures, test.want)
+			}
+		})
+	}
+}
+
+// TestLayout reads the image from a directory, once, and says at once what is wrong there.
+func TestLayout(t *testing.T) {
+	needRoot(t)
+	blob := func(dir string, d oci.Descriptor) string {
+		return filepath.Join(dir, "blobs", strings.Replace(d.Digest, ":", "/", 1))
+	}
+	change := func(t *testing.T, file string, by func([]byte) []byte) {
+		t.Helper()
+		b, err := os.ReadFile(file)
+		if err == nil {
+			err = os.WriteFile(file, by(b), 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tests := map[string]struct {
+		spoil func(t *testing.T, dir string, s *sample)
+		limit int64
+		want  string // of the error; empty for none
+	}{
+		"whole": {nil, plenty, ""},
+		// It would not if the compressed bytes counted.
+		"barely fits":  {nil, 3*inodeSize + 2*pageSize, ""},
+		"does not fit": {nil, inodeSize + pageSize, "unpacked and the enclave has 5120 bytes"},
+		"no folder":    {func(t *testing.T, dir string, _ *sample) { os.RemoveAll(dir) }, plenty, "incomplete, it lacks the blob"},
+		"no config":    {func(t *testing.T, dir string, s *sample) { os.Remove(blob(dir, s.config)) }, plenty, "incomplete, it lacks the blob"},
+		"no layer":     {func(t *testing.T, dir string, s *sample) { os.Remove(blob(dir, s.layers[1])) }, plenty, "incomplete, it lacks the blob"},
+		"flipped manifest": {func(t *testing.T, dir string, s *sample) {
+			change(t, blob(dir, s.manifest), func(b []byte) []byte { b[10] ^= 1; return b })
+		}, plenty, "other bytes"},
+		"flipped layer": {func(t *testing.T, dir string, s *sample) {
+			change(t, blob(dir, s.layers[1]), func(b []byte) []byte { b[600] ^= 1; return b })
+		}, plenty, "other bytes"},
+		"longer layer": {func(t *testing.T, dir string, s *sample) {
+			change(t, blob(dir, s.layers[0]), func(b []byte) []byte { return append(b, 0) })
+		}, plenty, "another size"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			s, dir, root := newSample(t, nil), t.TempDir(), t.TempDir()
+			imagetest.Content(s.content).WriteLayout(t, dir)
+			if test.spoil != nil {
+				test.spoil(t, dir, s)
+			}
+			f := NewLayout(dir, func(_, failure string) {
+				if failure != "" {
+					t.Errorf("it tries again after: %s", failure)
+				}
+			})
+			defer f.Close()
+			config, err := f.Image(t.Context(), workload.Image{Digest: s.index.Digest}, root, "/nowhere", test.limit)
+			if test.want != "" {
+				if err == nil || !strings.Contains(err.Error(), test.want) {
+					t.Errorf("got %v, want %q", err, test.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if config.User != "1:2" {
+				t.Errorf("config is %+v", config)
+			}
+			if diff := cmp.Diff([]string{"40755 0:0 etc", "100644 0:0 etc/motd = two"}, list(t, root)); diff != "" {
+				t.Errorf("tree (-want +got):\n%s", diff)
 			}
 		})
 	}

@@ -14,16 +14,8 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
-)
 
-// Compression is how a layer's archive is compressed.
-type Compression int
-
-// The compressions of layers.
-const (
-	Uncompressed Compression = iota
-	Gzip
-	Zstd
+	"cloister.dev/cloister/internal/oci"
 )
 
 // Whiteouts (OCI image-spec, layer.md).
@@ -82,15 +74,15 @@ func (u *Unpacker) Used() int64 { return u.used }
 // file capabilities; other extended attributes are left out. It reads r to its end, and the uncompressed
 // archive by the reader that through returns. Devices, names with ".." and everything else that a layer of a
 // container has no use for are errors, after which the directory must be thrown away.
-func (u *Unpacker) layer(r io.Reader, c Compression, through func(io.Reader) io.Reader) error {
+func (u *Unpacker) layer(r io.Reader, c oci.Compression, through func(io.Reader) io.Reader) error {
 	switch c {
-	case Gzip:
+	case oci.Gzip:
 		z, err := gzip.NewReader(bufio.NewReaderSize(r, 64<<10))
 		if err != nil {
 			return fmt.Errorf("read gzip: %w", err)
 		}
 		r = z
-	case Zstd:
+	case oci.Zstd:
 		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1))
 		if err != nil {
 			return fmt.Errorf("read zstd: %w", err)

@@ -17,6 +17,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/cloister/internal/oci"
 )
 
 const plenty = 64 << 20
@@ -98,7 +100,7 @@ func unpack(t testing.TB, limit int64, layers ...[]byte) (root string, err error
 	}
 	defer u.Close()
 	for _, l := range layers {
-		if err := u.layer(bytes.NewReader(l), Uncompressed, asIs); err != nil {
+		if err := u.layer(bytes.NewReader(l), oci.Uncompressed, asIs); err != nil {
 			return root, err
 		}
 	}
@@ -353,17 +355,17 @@ func TestCompression(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := map[string]struct {
-		compression Compression
+		compression oci.Compression
 		layer       []byte
 		fails       bool
 	}{
-		"plain":          {Uncompressed, plain, false},
-		"gzip":           {Gzip, zipped.Bytes(), false},
-		"zstd":           {Zstd, e.EncodeAll(plain, nil), false},
-		"not gzip":       {Gzip, plain, true},
-		"not zstd":       {Zstd, plain, true},
-		"truncated gzip": {Gzip, zipped.Bytes()[:zipped.Len()/2], true},
-		"truncated tar":  {Uncompressed, plain[:4096], true},
+		"plain":          {oci.Uncompressed, plain, false},
+		"gzip":           {oci.Gzip, zipped.Bytes(), false},
+		"zstd":           {oci.Zstd, e.EncodeAll(plain, nil), false},
+		"not gzip":       {oci.Gzip, plain, true},
+		"not zstd":       {oci.Zstd, plain, true},
+		"truncated gzip": {oci.Gzip, zipped.Bytes()[:zipped.Len()/2], true},
+		"truncated tar":  {oci.Uncompressed, plain[:4096], true},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

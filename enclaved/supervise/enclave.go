@@ -34,6 +34,8 @@ type Config struct {
 	Self   string
 	Dir    string
 	Memory int64
+	// Sealed is what a sealed EIF holds; nil where manifest and images come from the host.
+	Sealed *Sealed
 	// OpenModule opens the security module; dial reaches the host's development module, where there is
 	// one.
 	OpenModule func(dial func(context.Context) (net.Conn, error)) (nsm.Provider, error)
@@ -94,14 +96,14 @@ func (e *Enclave) Configure(ctx context.Context, r *channel.ConfigureRequest) (*
 	if done {
 		return nil, status.Error(codes.FailedPrecondition, "the enclave has been configured already")
 	}
-	m, err := workload.Parse(r.GetManifest())
+	m, canonical, err := e.manifestOf(r.GetManifest())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	if len(r.GetSecret()) != vsock.SecretSize {
 		return nil, status.Errorf(codes.InvalidArgument, "the secret has %d bytes, %d are needed", len(r.GetSecret()), vsock.SecretSize)
 	}
-	if r.GetPorts().GetContent() == 0 {
+	if r.GetPorts().GetContent() == 0 && e.cfg.Sealed == nil {
 		return nil, status.Error(codes.InvalidArgument, "the content server's port is missing")
 	}
 	secret := vsock.Secret(r.GetSecret())
@@ -115,7 +117,7 @@ func (e *Enclave) Configure(ctx context.Context, r *channel.ConfigureRequest) (*
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	v := vault.New(nsm.New(provider))
-	document, err := v.Measure(ctx, r.GetManifest())
+	document, err := v.Measure(ctx, canonical)
 	if err != nil {
 		v.Close()
 		provider.Close()

@@ -28,6 +28,8 @@ type System struct {
 	Memory int64  // how much Dir may hold, in bytes
 	// Module is "device" or "dev": the provider of the security module.
 	Module string
+	// Sealed is what came in the ramdisk; nil for a base EIF.
+	Sealed *Sealed
 }
 
 // Prepare makes the surroundings that enclaved needs as PID 1: /proc, /sys and /dev where nobody has
@@ -74,6 +76,12 @@ func Prepare() (*System, error) {
 	}
 	if s.Memory, err = freeMemory(); err != nil {
 		return nil, err
+	}
+	if s.Sealed, err = readSealed("/"); err != nil {
+		return nil, err
+	}
+	if s.Sealed != nil {
+		s.Memory += s.Sealed.Size // which is free once the image is unpacked
 	}
 	if err := os.MkdirAll(workDir, 0o700); err != nil {
 		return nil, err

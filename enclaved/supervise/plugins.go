@@ -16,8 +16,8 @@ import (
 	"cloister.dev/cloister/workload"
 )
 
-// startPlugins starts the plugins that are processes; nil when there are none. Their images come from the
-// content server as the workload's does.
+// startPlugins starts the plugins that are processes; nil when there are none. Their images come from where
+// the workload's does.
 func (e *Enclave) startPlugins(ctx context.Context, progress func(step, failure string)) (*plugin.Set, error) {
 	dir := filepath.Join(e.cfg.Dir, "plugins")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -31,9 +31,10 @@ func (e *Enclave) startPlugins(ctx context.Context, progress func(step, failure 
 			if err := unix.Statfs(root, &st); err != nil {
 				return nil, fmt.Errorf("look for free memory: %w", err)
 			}
-			f := image.NewFetcher(e.dialContent, progress)
+			f, limit := e.fetcher(progress)
 			defer f.Close()
-			return f.Image(ctx, want, root, filepath.Join(e.cfg.Dir, "layers"), min(e.cfg.Memory, int64(st.Bavail)*st.Bsize))
+			left := int64(st.Bavail)*st.Bsize - (e.cfg.Memory - limit)
+			return f.Image(ctx, want, root, filepath.Join(e.cfg.Dir, "layers"), min(limit, left))
 		},
 		Dial: e.relay.Dial, Progress: progress,
 	})

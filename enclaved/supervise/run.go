@@ -16,7 +16,6 @@ import (
 
 	"cloister.dev/cloister/enclaved/gateway"
 	"cloister.dev/cloister/enclaved/host"
-	"cloister.dev/cloister/enclaved/image"
 	"cloister.dev/cloister/enclaved/plugins/logging"
 	"cloister.dev/cloister/enclaved/relay"
 	"cloister.dev/cloister/enclaved/supervise/process"
@@ -165,8 +164,8 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	fetch, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(e.stopping, func() { cancel(errStopped) })()
-	f := image.NewFetcher(e.dialContent, out.progress)
-	config, err := f.Image(fetch, e.manifest.Image, root, scratch, e.cfg.Memory)
+	f, limit := e.fetcher(out.progress)
+	config, err := f.Image(fetch, e.manifest.Image, root, scratch, limit)
 	f.Close()
 	if err != nil {
 		return nil, nil, err
@@ -177,6 +176,9 @@ func (e *Enclave) start(ctx context.Context, out *events) (*process.Process, *sy
 	}
 	defer erase(secrets) // the workload has its own copies then, or there will be none
 	if e.plugins, err = e.startPlugins(fetch, out.progress); err != nil {
+		return nil, nil, err
+	}
+	if err := e.dropLayout(); err != nil {
 		return nil, nil, err
 	}
 	if e.inProcess, err = e.startInProcess(); err != nil {

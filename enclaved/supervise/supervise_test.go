@@ -76,6 +76,7 @@ type enclave struct {
 	sockets
 	secret vsock.Secret
 	module *nsmtest.Module
+	served *Enclave
 
 	mu     sync.Mutex
 	images imagetest.Content
@@ -127,7 +128,7 @@ func newEnclave(t *testing.T) *enclave {
 			v.Close()
 		}
 	})
-	e.EnclaveClient = channel.NewEnclaveClient(conn)
+	e.EnclaveClient, e.served = channel.NewEnclaveClient(conn), served
 	return e
 }
 

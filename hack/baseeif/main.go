@@ -12,9 +12,8 @@ import (
 	"log/slog"
 	"os"
 
-	"github.com/u-root/u-root/pkg/cpio"
-
 	"cloister.dev/cloister/eif"
+	"cloister.dev/cloister/internal/ramdisk"
 )
 
 // cmdline is what AWS's builder passes, without "nomodules": a distribution's kernel has its vsock
@@ -56,7 +55,7 @@ func build(kernel, version, initFile, nsm, out string) (*eif.Measurements, error
 		return nil, fmt.Errorf("read init: %w", err)
 	}
 	var disk bytes.Buffer
-	if err := ramdisk(&disk, program); err != nil {
+	if err := writeRamdisk(&disk, program); err != nil {
 		return nil, fmt.Errorf("write ramdisk: %w", err)
 	}
 	f, err := os.Create(out + ".part")
@@ -89,28 +88,26 @@ func build(kernel, version, initFile, nsm, out string) (*eif.Measurements, error
 	return m, os.Rename(f.Name(), out)
 }
 
-// ramdisk writes a gzip-compressed newc archive with the program as /init. Both headers carry no
-// time, and cpio's inode numbers count from zero.
-func ramdisk(w io.Writer, program []byte) error {
+// writeRamdisk writes a gzip-compressed archive with the program as /init. Its gzip header carries no time.
+func writeRamdisk(w io.Writer, program []byte) error {
 	z, err := gzip.NewWriterLevel(w, gzip.BestCompression)
 	if err != nil {
 		return err
 	}
-	records := make([]cpio.Record, 0, len(folders)+1)
+	archive := ramdisk.NewWriter(z)
 	for _, name := range folders {
 		mode := uint64(0o755)
 		if name == "tmp" {
 			mode = 0o1777
 		}
-		records = append(records, cpio.Directory(name, mode))
+		if err := archive.Folder(name, mode); err != nil {
+			return err
+		}
 	}
-	records = append(records, cpio.StaticFile("init", string(program), 0o755))
-	cpio.MakeAllReproducible(records)
-	archive := cpio.Newc.Writer(z)
-	if err := cpio.WriteRecords(archive, records); err != nil {
+	if err := archive.File("init", 0o755, bytes.NewReader(program), int64(len(program))); err != nil {
 		return err
 	}
-	if err := cpio.WriteTrailer(archive); err != nil {
+	if err := archive.Close(); err != nil {
 		return err
 	}
 	return z.Close()

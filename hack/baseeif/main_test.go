@@ -86,7 +86,7 @@ func TestModuleIsMeasured(t *testing.T) {
 
 func TestRamdisk(t *testing.T) {
 	var disk bytes.Buffer
-	if err := ramdisk(&disk, []byte("a program")); err != nil {
+	if err := writeRamdisk(&disk, []byte("a program")); err != nil {
 		t.Fatal(err)
 	}
 	z, err := gzip.NewReader(&disk)

@@ -20,6 +20,7 @@ import (
 	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/initboot/driver"
 	"cloister.dev/cloister/internal/channel"
+	"cloister.dev/cloister/internal/ramdisk"
 	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/workload"
 )
@@ -48,6 +49,7 @@ type enclave struct {
 
 	undos        []func()
 	measurements *eif.Measurements
+	sealed       bool // the EIF has the workload manifest and takes none
 	driver       driver.Enclave
 	secret       vsock.Secret
 	ports        *channel.HostPorts
@@ -109,7 +111,8 @@ func (e *enclave) close() {
 
 func (e *enclave) checkConfig() error { return e.cfg.Invalid }
 
-// checkImage measures the EIF, and refuses one that asks for an NSM that cannot be had.
+// checkImage measures the EIF, and refuses one that asks for an NSM that cannot be had, that does not fit
+// or that is sealed for another workload.
 func (e *enclave) checkImage() error {
 	image, err := eif.Open(e.cfg.EIF)
 	if err != nil {
@@ -123,8 +126,35 @@ func (e *enclave) checkImage() error {
 	if slices.Contains(strings.Fields(cmdline), "cloister.nsm=dev") && e.cfg.NSM == nil {
 		return errors.New("the EIF's command line asks for the development NSM (cloister.nsm=dev), which a release of initboot does not have: use an EIF for the NSM device, or the initboot-dev image")
 	}
+	if err := e.checkSealed(image); err != nil {
+		return err
+	}
+	var size int64
+	for _, disk := range image.Ramdisks() {
+		size += disk.Size
+	}
+	if size > e.cfg.Memory {
+		return fmt.Errorf("its ramdisks have %d bytes, more than the enclave's memory of %d bytes: give the container more memory", size, e.cfg.Memory)
+	}
 	e.measurements, err = image.Measure()
 	return err
+}
+
+// checkSealed compares the manifest in a sealed EIF with the pod's, which the other containers go by.
+func (e *enclave) checkSealed(image *eif.Reader) error {
+	manifest, err := ramdisk.Manifest(image)
+	if errors.Is(err, ramdisk.ErrNotSealed) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	e.sealed = true
+	if !bytes.Equal(manifest, e.cfg.Manifest) {
+		return fmt.Errorf("the EIF is sealed with another workload manifest, of PCR16 %x, than this pod's, of PCR16 %x: build it from this pod with `cloister build -f`, or change the pod back",
+			workload.PCR16(manifest), workload.PCR16(e.cfg.Manifest))
+	}
+	return nil
 }
 
 // openPorts binds every port that the enclave will dial, before it can dial.
@@ -248,7 +278,11 @@ func (e *enclave) connect() error {
 func (e *enclave) configure() error {
 	ctx, cancel := context.WithTimeout(e.ctx, configureTimeout)
 	defer cancel()
-	r, err := e.client.Configure(ctx, &channel.ConfigureRequest{Manifest: e.cfg.Manifest, Secret: e.secret, Ports: e.ports})
+	request := &channel.ConfigureRequest{Secret: e.secret, Ports: e.ports}
+	if !e.sealed {
+		request.Manifest = e.cfg.Manifest
+	}
+	r, err := e.client.Configure(ctx, request)
 	if err != nil {
 		return errors.New(message(err))
 	}

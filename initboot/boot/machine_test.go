@@ -539,6 +539,14 @@ func TestBootFails(t *testing.T) {
 			func(_ *Config, d *drivertest.Driver) { d.OtherEIF = drivertest.WriteEIF(t, "other") },
 			"cannot hand over the workload manifest: the enclave shows PCR0",
 		},
+		"sealed for another workload": {
+			func(c *Config, _ *drivertest.Driver) { c.EIF = drivertest.WriteSealedEIF(t, []byte("{}")) },
+			"cannot check the enclave image: the EIF is sealed with another workload manifest, of PCR16 ",
+		},
+		"larger than the enclave": {
+			func(c *Config, _ *drivertest.Driver) { c.Memory = 10 },
+			"cannot check the enclave image: its ramdisks have 11 bytes, more than the enclave's memory of 10 bytes",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := start(t, hold, tc.change)
@@ -552,6 +560,18 @@ func TestBootFails(t *testing.T) {
 				t.Errorf("second try: %v", s)
 			}
 		})
+	}
+}
+
+// A sealed enclave is not sent the manifest that it has.
+func TestSealed(t *testing.T) {
+	canonical, err := manifest().Canonical()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := start(t, hold, func(c *Config, _ *drivertest.Driver) { c.EIF = drivertest.WriteSealedEIF(t, canonical) })
+	if s := f.phase(1, booted); s.GetProgress().GetError() != "" {
+		t.Errorf("booted: %v", s)
 	}
 }
 

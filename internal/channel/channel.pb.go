@@ -128,7 +128,8 @@ func (Output_Stream) EnumDescriptor() ([]byte, []int) {
 
 type ConfigureRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// RFC 8785 form of the workload manifest; at most 128 KiB.
+	// RFC 8785 form of the workload manifest, at most 128 KiB; empty for a sealed EIF, which has its own and
+	// refuses one.
 	Manifest []byte `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"`
 	// 32 random bytes: proves both ends of every other vsock connection of this enclave.
 	Secret        []byte     `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`

@@ -36,7 +36,7 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type EnclaveClient interface {
 	// Configure hands over what the enclave needs before anything can be served. enclaved refuses a
-	// manifest that is not its own RFC 8785 form, extends PCR16 with its SHA-384, locks PCR16 and
+	// manifest that is not its own RFC 8785 form, takes the embedded one of a sealed EIF instead, extends PCR16 with its SHA-384, locks PCR16 and
 	// answers with an attestation document. It succeeds at most once in the life of an enclave.
 	Configure(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
 	// Run fetches the image, unpacks it, starts the gateway and the workload, and streams what happens
@@ -137,7 +137,7 @@ func (c *enclaveClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.
 // for forward compatibility.
 type EnclaveServer interface {
 	// Configure hands over what the enclave needs before anything can be served. enclaved refuses a
-	// manifest that is not its own RFC 8785 form, extends PCR16 with its SHA-384, locks PCR16 and
+	// manifest that is not its own RFC 8785 form, takes the embedded one of a sealed EIF instead, extends PCR16 with its SHA-384, locks PCR16 and
 	// answers with an attestation document. It succeeds at most once in the life of an enclave.
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	// Run fetches the image, unpacks it, starts the gateway and the workload, and streams what happens

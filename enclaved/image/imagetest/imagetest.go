@@ -1,4 +1,4 @@
-// Package imagetest makes small images for tests, in the form in which a content server has them.
+// Package imagetest makes small images for tests, in the forms in which a content server and a sealed EIF have them.
 package imagetest
 
 import (
@@ -7,11 +7,29 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
 	"testing"
 )
 
 // Content is what a content server has, by the paths that package image asks for.
 type Content map[string][]byte
+
+// WriteLayout writes everything into the blobs of an OCI layout (OCI image-spec, image-layout.md).
+func (c Content) WriteLayout(t testing.TB, dir string) {
+	t.Helper()
+	for name, b := range c {
+		file := filepath.Join(dir, "blobs", strings.Replace(path.Base(name), ":", "/", 1))
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
 
 // Add adds an image of one uncompressed layer, whose only file is /app with mode 0755, and returns the
 // digest of its manifest. Config is the image's (OCI image-spec, config.md), for example

@@ -23,6 +23,8 @@ import (
 	"cloister.dev/cloister/initboot/driver"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/nsmdev"
+	"cloister.dev/cloister/internal/ramdisk"
+	"cloister.dev/cloister/internal/sealed"
 	"cloister.dev/cloister/internal/vsock"
 	"cloister.dev/cloister/workload"
 )
@@ -82,6 +84,23 @@ func Dir(t testing.TB) string {
 // WriteEIF writes a small EIF into a folder of the test and returns its path.
 func WriteEIF(t testing.TB, cmdline string) string {
 	t.Helper()
+	return writeEIF(t, cmdline, []byte("second"))
+}
+
+// WriteSealedEIF writes a small EIF with a workload manifest and returns its path.
+func WriteSealedEIF(t testing.TB, manifest []byte) string {
+	t.Helper()
+	var disk bytes.Buffer
+	w := ramdisk.NewWriter(&disk)
+	err := errors.Join(w.Folder(sealed.Dir, 0o755), w.File(sealed.Manifest, 0o444, bytes.NewReader(manifest), int64(len(manifest))), w.Close())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return writeEIF(t, "quiet", disk.Bytes())
+}
+
+func writeEIF(t testing.TB, cmdline string, second []byte) string {
+	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "test.eif"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +108,7 @@ func WriteEIF(t testing.TB, cmdline string) string {
 	defer f.Close()
 	_, err = eif.Write(f, eif.Image{
 		Arch: eif.X86_64, Kernel: bytes.NewReader([]byte("kernel")), Cmdline: cmdline,
-		Ramdisks: []eif.Data{bytes.NewReader([]byte("first")), bytes.NewReader([]byte("second"))},
+		Ramdisks: []eif.Data{bytes.NewReader([]byte("first")), bytes.NewReader(second)},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -228,9 +247,6 @@ func (s server) Configure(_ context.Context, r *channel.ConfigureRequest) (*chan
 	if e.configured != nil {
 		return nil, status.Error(codes.FailedPrecondition, "configured twice")
 	}
-	if _, err := workload.Parse(r.GetManifest()); err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
 	e.configured = r
 	path := e.image.EIF
 	if e.d.OtherEIF != "" {
@@ -245,9 +261,19 @@ func (s server) Configure(_ context.Context, r *channel.ConfigureRequest) (*chan
 	if err != nil {
 		return nil, err
 	}
+	manifest := r.GetManifest()
+	if embedded, err := ramdisk.Manifest(image); err == nil {
+		if manifest != nil {
+			return nil, status.Error(codes.InvalidArgument, "sealed, and a manifest was sent")
+		}
+		manifest = embedded
+	}
+	if _, err := workload.Parse(manifest); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
 	doc, err := e.d.signer.Sign(nsmdev.Document{
 		ModuleID: "i-test-enc" + strconv.FormatUint(e.Generation, 10), Timestamp: time.Now(),
-		PCRs: map[uint][]byte{0: m.PCR0, 1: m.PCR1, 2: m.PCR2, 16: workload.PCR16(r.GetManifest())},
+		PCRs: map[uint][]byte{0: m.PCR0, 1: m.PCR1, 2: m.PCR2, 16: workload.PCR16(manifest)},
 	})
 	return &channel.ConfigureResponse{Document: doc}, err
 }

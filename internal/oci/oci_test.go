@@ -1,4 +1,4 @@
-package image
+package oci
 
 import (
 	"strings"
@@ -21,34 +21,34 @@ func FuzzOCI(f *testing.F) {
 		f.Add([]byte(d.Replace(seed)))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		check := func(of string, d descriptor, most int64) {
+		check := func(of string, d Descriptor, most int64) {
 			if !digestRE.MatchString(d.Digest) || d.Size < 0 || d.Size > most {
 				t.Errorf("%s is %+v", of, d)
 			}
 		}
-		m, err := parseManifest(b)
+		m, err := ParseManifest(b)
 		switch {
 		case err != nil:
 		case m.Manifests != nil:
 			if m.Config != nil || m.Layers != nil {
 				t.Error("it is an index and an image at once")
 			}
-			if d, err := m.choose("linux/amd64"); err == nil {
-				check("the chosen image", d, maxManifest)
+			if d, err := m.Choose("linux/amd64"); err == nil {
+				check("the chosen image", d, MaxManifest)
 			}
 		default:
-			check("the config", *m.Config, maxConfig)
+			check("the config", *m.Config, MaxConfig)
 			if n := len(m.Layers); n < 1 || n > maxLayers {
 				t.Errorf("it has %d layers", n)
 			}
 			for _, l := range m.Layers {
 				check("a layer", l, 1<<63-1)
-				if _, ok := compression[l.MediaType]; !ok {
+				if _, ok := Layers[l.MediaType]; !ok {
 					t.Errorf("a layer is of the type %q", l.MediaType)
 				}
 			}
 		}
-		if c, err := parseConfig(b, "linux/amd64", 1); err == nil && (len(c.RootFS.DiffIDs) != 1 || !digestRE.MatchString(c.RootFS.DiffIDs[0])) {
+		if c, err := ParseConfig(b, "linux/amd64", 1); err == nil && (len(c.RootFS.DiffIDs) != 1 || !digestRE.MatchString(c.RootFS.DiffIDs[0])) {
 			t.Errorf("the config has the diff_ids %q", c.RootFS.DiffIDs)
 		}
 	})

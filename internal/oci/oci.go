@@ -1,6 +1,10 @@
-package image
+// Package oci reads what describes an image: indexes, manifests and configs (OCI image-spec 1.1, and
+// Docker's image manifest version 2, schema 2). The enclave and the command that builds a sealed EIF
+// share it, so that what would be refused inside is refused before.
+package oci
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,12 +14,24 @@ import (
 // Media types that decide how something is read (OCI image-spec, media-types.md, and Docker's image
 // manifest version 2, schema 2).
 const (
-	ociManifest    = "application/vnd.oci.image.manifest.v1+json"
-	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	MediaTypeManifest       = "application/vnd.oci.image.manifest.v1+json"
+	MediaTypeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	MediaTypeIndex          = "application/vnd.oci.image.index.v1+json"
+	MediaTypeDockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
-// compression by media type of a layer.
-var compression = map[string]Compression{
+// Compression is how a layer's archive is compressed.
+type Compression int
+
+// The compressions of layers.
+const (
+	Uncompressed Compression = iota
+	Gzip
+	Zstd
+)
+
+// Layers is the compression of a layer by its media type.
+var Layers = map[string]Compression{
 	"application/vnd.oci.image.layer.v1.tar":            Uncompressed,
 	"application/vnd.oci.image.layer.v1.tar+gzip":       Gzip,
 	"application/vnd.oci.image.layer.v1.tar+zstd":       Zstd,
@@ -26,25 +42,36 @@ var compression = map[string]Compression{
 
 // Limits of what is read into memory, in bytes, and of the number of layers.
 const (
-	maxManifest = 4 << 20 // what registries take (distribution, maxManifestBodySize)
-	maxConfig   = 8 << 20
+	MaxManifest = 4 << 20 // what registries take (distribution, maxManifestBodySize)
+	MaxConfig   = 8 << 20
 	maxLayers   = 256
 )
 
-// descriptor names a blob (OCI image-spec, descriptor.md).
-type descriptor struct {
+// Descriptor names a blob (OCI image-spec, descriptor.md).
+type Descriptor struct {
 	MediaType string `json:"mediaType"`
 	Digest    string `json:"digest"`
 	Size      int64  `json:"size"`
 	Platform  *struct {
 		OS           string `json:"os"`
 		Architecture string `json:"architecture"`
-	} `json:"platform"`
+	} `json:"platform,omitempty"`
+}
+
+// Verify compares what was received with what was named; a size below 0 is not known.
+func (d Descriptor) Verify(size int64, sum []byte) error {
+	if d.Size >= 0 && size != d.Size {
+		return fmt.Errorf("%s came with another size than the %d bytes it is named with: it was refused", d.Digest, d.Size)
+	}
+	if got := "sha256:" + hex.EncodeToString(sum); got != d.Digest {
+		return fmt.Errorf("%s came with other bytes, whose digest is %s: they were refused", d.Digest, got)
+	}
+	return nil
 }
 
 var digestRE = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
-func (d descriptor) validate(what string) error {
+func (d Descriptor) validate(what string) error {
 	if !digestRE.MatchString(d.Digest) {
 		return fmt.Errorf("%s has the digest %q: only sha256 is supported", what, d.Digest)
 	}
@@ -54,18 +81,18 @@ func (d descriptor) validate(what string) error {
 	return nil
 }
 
-// manifest is an image manifest or an index, whichever of its lists is there.
-type manifest struct {
+// Manifest is an image manifest or an index, whichever of its lists is there.
+type Manifest struct {
 	SchemaVersion int           `json:"schemaVersion"`
-	Config        *descriptor   `json:"config"`
-	Layers        []descriptor  `json:"layers"`
-	Manifests     *[]descriptor `json:"manifests"`
+	Config        *Descriptor   `json:"config"`
+	Layers        []Descriptor  `json:"layers"`
+	Manifests     *[]Descriptor `json:"manifests"`
 }
 
-// parseManifest reads what its digest has verified. The kind is told from the shape, never from a
+// ParseManifest reads what its digest has verified. The kind is told from the shape, never from a
 // header of the host; a document that is both at once is refused (CVE-2021-41190).
-func parseManifest(b []byte) (*manifest, error) {
-	var m manifest
+func ParseManifest(b []byte) (*Manifest, error) {
+	var m Manifest
 	if err := json.Unmarshal(b, &m); err != nil {
 		return nil, fmt.Errorf("decode image manifest: %w", err)
 	}
@@ -85,37 +112,37 @@ func parseManifest(b []byte) (*manifest, error) {
 	if err := m.Config.validate("the image's config"); err != nil {
 		return nil, err
 	}
-	if m.Config.Size > maxConfig {
-		return nil, fmt.Errorf("the image's config has %d bytes, at most %d are supported", m.Config.Size, maxConfig)
+	if m.Config.Size > MaxConfig {
+		return nil, fmt.Errorf("the image's config has %d bytes, at most %d are supported", m.Config.Size, MaxConfig)
 	}
 	for i, l := range m.Layers {
 		if err := l.validate(fmt.Sprintf("layer %d", i+1)); err != nil {
 			return nil, err
 		}
-		if _, ok := compression[l.MediaType]; !ok {
+		if _, ok := Layers[l.MediaType]; !ok {
 			return nil, fmt.Errorf("layer %d has the media type %q, which is not supported", i+1, l.MediaType)
 		}
 	}
 	return &m, nil
 }
 
-// choose returns the image of an index for a platform, "os/architecture".
-func (m *manifest) choose(platform string) (descriptor, error) {
+// Choose returns the image of an index for a platform, "os/architecture".
+func (m *Manifest) Choose(platform string) (Descriptor, error) {
 	for _, d := range *m.Manifests {
-		if d.MediaType != ociManifest && d.MediaType != dockerManifest {
+		if d.MediaType != MediaTypeManifest && d.MediaType != MediaTypeDockerManifest {
 			continue
 		}
 		if d.Platform != nil && d.Platform.OS+"/"+d.Platform.Architecture == platform {
 			if err := d.validate("the image for " + platform); err != nil {
-				return descriptor{}, err
+				return Descriptor{}, err
 			}
-			if d.Size > maxManifest {
-				return descriptor{}, fmt.Errorf("the image manifest for %s has %d bytes, at most %d are supported", platform, d.Size, maxManifest)
+			if d.Size > MaxManifest {
+				return Descriptor{}, fmt.Errorf("the image manifest for %s has %d bytes, at most %d are supported", platform, d.Size, MaxManifest)
 			}
 			return d, nil
 		}
 	}
-	return descriptor{}, fmt.Errorf("the image index has no image for %s", platform)
+	return Descriptor{}, fmt.Errorf("the image index has no image for %s", platform)
 }
 
 // Config is what an image says about how it is run (OCI image-spec, config.md).
@@ -131,8 +158,8 @@ type Config struct {
 	StopSignal string `json:"StopSignal"`
 }
 
-// configFile is the image's configuration.
-type configFile struct {
+// ConfigFile is the image's configuration.
+type ConfigFile struct {
 	OS           string `json:"os"`
 	Architecture string `json:"architecture"`
 	Config       Config `json:"config"`
@@ -141,8 +168,9 @@ type configFile struct {
 	} `json:"rootfs"`
 }
 
-func parseConfig(b []byte, platform string, layers int) (*configFile, error) {
-	var c configFile
+// ParseConfig reads the config of an image of so many layers that must be for the platform, "os/architecture".
+func ParseConfig(b []byte, platform string, layers int) (*ConfigFile, error) {
+	var c ConfigFile
 	if err := json.Unmarshal(b, &c); err != nil {
 		return nil, fmt.Errorf("decode the image's config: %w", err)
 	}

@@ -1,0 +1,121 @@
+// Package ramdisk writes initial ramdisks whose bytes depend on their content alone, and reads back the
+// workload manifest of a sealed EIF. They are newc archives (Documentation/driver-api/early-userspace/
+// buffer-format.rst), uncompressed.
+package ramdisk
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+
+	"github.com/u-root/u-root/pkg/cpio"
+	"golang.org/x/sys/unix"
+
+	"cloister.dev/cloister/eif"
+	"cloister.dev/cloister/internal/sealed"
+	"cloister.dev/cloister/workload"
+)
+
+// maxFile is the size of the largest file of a newc archive in bytes: its field has 32 bits.
+const maxFile = math.MaxUint32
+
+// Writer writes one archive. Everything in it belongs to root and has neither time nor inode number.
+type Writer struct{ records cpio.RecordWriter }
+
+// NewWriter returns a Writer to w. The caller must Close it.
+func NewWriter(w io.Writer) *Writer { return &Writer{records: cpio.Newc.Writer(w)} }
+
+// Folder writes a folder with mode permissions; the folders above it must have been written.
+func (w *Writer) Folder(name string, mode uint64) error {
+	return w.write(cpio.Directory(name, mode))
+}
+
+// File writes a file with size bytes of content and mode permissions. It fails on a file of 4 GiB or more,
+// which the format cannot hold.
+func (w *Writer) File(name string, mode uint64, content io.ReaderAt, size int64) error {
+	if size > maxFile {
+		return fmt.Errorf("%s has %d bytes, and a file in a ramdisk has less than 4 GiB", name, size)
+	}
+	return w.write(cpio.Record{
+		ReaderAt: io.NewSectionReader(content, 0, size),
+		Info:     cpio.Info{Name: name, Mode: cpio.S_IFREG | mode, FileSize: uint64(size)},
+	})
+}
+
+func (w *Writer) write(r cpio.Record) error {
+	return w.records.WriteRecord(cpio.MakeReproducible(r))
+}
+
+// Close ends the archive. It does not close what is below.
+func (w *Writer) Close() error { return cpio.WriteTrailer(w.records) }
+
+// ErrNotSealed says that an EIF has no workload manifest in it, as a base EIF.
+var ErrNotSealed = errors.New("it is not sealed: there is no workload manifest in it")
+
+// Manifest returns the workload manifest in a sealed EIF, its bytes unchecked; ErrNotSealed where there is
+// none. It must be the first file of the second ramdisk, as `cloister build` writes it.
+func Manifest(image *eif.Reader) ([]byte, error) {
+	disks := image.Ramdisks()
+	if len(disks) < 2 {
+		return nil, ErrNotSealed
+	}
+	return readManifest(disks[1].Open())
+}
+
+// readManifest looks no further than the folder and the file that begin the archive: what another ramdisk
+// holds is nobody's business.
+func readManifest(disk io.Reader) ([]byte, error) {
+	dir, err := next(disk)
+	if err != nil || dir.name != sealed.Dir || dir.mode&unix.S_IFMT != unix.S_IFDIR {
+		return nil, ErrNotSealed
+	}
+	file, err := next(disk)
+	if err != nil || file.name != sealed.Manifest || file.mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("its folder %s does not begin with the workload manifest: build it again with `cloister build`", sealed.Dir)
+	}
+	if file.size > workload.MaxManifestSize {
+		return nil, fmt.Errorf("its workload manifest has %d bytes, more than %d", file.size, workload.MaxManifestSize)
+	}
+	b := make([]byte, file.size)
+	if _, err := io.ReadFull(disk, b); err != nil {
+		return nil, fmt.Errorf("read its workload manifest: %w", err)
+	}
+	return b, nil
+}
+
+const (
+	magic      = "070701"
+	headerSize = 110 // magic and 13 fields of 8 hexadecimal digits
+	maxName    = 256 // bytes with the final NUL, more than any that is looked for
+)
+
+// entry is what a header says: a name, a mode and the size of the content in bytes.
+type entry struct {
+	name       string
+	mode, size uint32
+}
+
+// next reads a header of an entry, its name and the zeros that follow.
+func next(r io.Reader) (entry, error) {
+	var raw [headerSize]byte
+	if _, err := io.ReadFull(r, raw[:]); err != nil {
+		return entry{}, err
+	}
+	var b [(headerSize - len(magic)) / 2]byte
+	if _, err := hex.Decode(b[:], raw[len(magic):]); err != nil || string(raw[:len(magic)]) != magic {
+		return entry{}, errors.New("not a newc archive")
+	}
+	field := func(i int) uint32 { return binary.BigEndian.Uint32(b[4*i:]) }
+	length := field(11)
+	if length < 1 || length > maxName {
+		return entry{}, errors.New("unexpected name")
+	}
+	name := make([]byte, (headerSize+length+3)/4*4-headerSize)
+	if _, err := io.ReadFull(r, name); err != nil {
+		return entry{}, err
+	}
+	return entry{name: string(name[:length-1]), mode: field(1), size: field(6)}, nil
+}
