@@ -34,6 +34,7 @@ const moduleID = "i-0123456789abcdef0-enc0123456789abcdef"
 type fakeEnclave struct {
 	addr     string
 	root     string // file
+	signer   *nsmdev.Signer
 	received byteCount
 }
 
@@ -167,7 +168,7 @@ func startEnclave(t *testing.T, o enclaveOptions, handler http.Handler) *fakeEnc
 		}
 	}
 
-	e := &fakeEnclave{root: filepath.Join(t.TempDir(), "root.pem")}
+	e := &fakeEnclave{signer: signer, root: filepath.Join(t.TempDir(), "root.pem")}
 	if err := os.WriteFile(e.root, certPEM, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -58,17 +58,20 @@ func printDocument(w io.Writer, d *attestation.Document, now time.Time) {
 	fmt.Fprintln(w, hostNote)
 }
 
-// refusal returns err for people, if it says that attestation was refused: with every register that
-// differs on lines of its own.
+// refusal returns err for people, if it says that attestation was refused in a handshake.
 func refusal(err error) (error, bool) {
 	var refused *attestation.Error
 	if !errors.As(err, &refused) {
 		return nil, false
 	}
-	const unsent = "not one byte of the request was sent: "
+	return fmt.Errorf("not one byte of the request was sent: %w", inWords(refused)), true
+}
+
+// inWords returns a refusal for people: with every register that differs on lines of its own.
+func inWords(refused error) error {
 	var mismatch *workload.MismatchError
-	if !errors.As(err, &mismatch) {
-		return fmt.Errorf("%s%w", unsent, refused), true
+	if !errors.As(refused, &mismatch) {
+		return refused
 	}
 	text := "the enclave is not the measured one"
 	switch {
@@ -86,5 +89,5 @@ func refusal(err error) (error, bool) {
 		}
 		text += fmt.Sprintf("\n  PCR%-3d expected  %s\n         seen      %s", m.PCR, m.Expected, seen)
 	}
-	return fmt.Errorf("%s%s", unsent, text), true
+	return errors.New(text)
 }

@@ -33,6 +33,14 @@ func (r *rules) flags(f *pflag.FlagSet) {
 	f.BoolVar(&r.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
 }
 
+// check reports errors of usage.
+func (r *rules) check() error {
+	if r.maxAge <= 0 {
+		return fmt.Errorf("--max-age %s accepts no document: write more than 0", r.maxAge)
+	}
+	return nil
+}
+
 // options reads the files that the flags name.
 func (r *rules) options() (attestation.Options, error) {
 	opts := attestation.Options{MaxAge: r.maxAge, AllowDebug: r.allowDebug}
@@ -72,7 +80,7 @@ func (t *trust) check() error {
 	if _, _, err := net.SplitHostPort(t.connectTo); t.connectTo != "" && err != nil {
 		return fmt.Errorf("--connect-to takes HOST:PORT: %w", err)
 	}
-	return nil
+	return t.rules.check()
 }
 
 // load reads the files that the flags name.
