@@ -31,6 +31,7 @@ func newRoot() *cobra.Command {
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
 	root.AddCommand(newMeasure(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
+	root.AddCommand(newSign(), newVerify())
 	return root
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 
 	"cloister.dev/cloister/attestation"
 	"cloister.dev/cloister/workload"
+	"cloister.dev/cloister/workload/signed"
 )
 
 // connectTimeout limits connecting, and then the TLS handshake.
@@ -21,6 +23,7 @@ const connectTimeout = 30 * time.Second
 // rules are what the flags of every command that verifies documents say: which enclaves are accepted.
 type rules struct {
 	measurements []string
+	key          string // file
 	root         string
 	maxAge       time.Duration
 	allowDebug   bool
@@ -28,6 +31,7 @@ type rules struct {
 
 func (r *rules) flags(f *pflag.FlagSet) {
 	f.StringArrayVar(&r.measurements, "measurements", nil, "measurement set `file`; repeatable, then an entry of any of them is accepted")
+	f.StringVar(&r.key, "key", "", "PEM `file` with the public key that has signed the measurement sets; unsigned ones are then refused")
 	f.StringVar(&r.root, "root", "", "PEM `file` with the root certificate that is trusted instead of AWS's: for development")
 	f.DurationVar(&r.maxAge, "max-age", attestation.DefaultMaxAge, "oldest attestation document that is accepted")
 	f.BoolVar(&r.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
@@ -45,7 +49,7 @@ func (r *rules) check() error {
 func (r *rules) options() (attestation.Options, error) {
 	opts := attestation.Options{MaxAge: r.maxAge, AllowDebug: r.allowDebug}
 	var err error
-	if opts.Measurements, err = readMeasurements(r.measurements); err != nil {
+	if opts.Measurements, err = readMeasurements(r.measurements, r.key); err != nil {
 		return opts, err
 	}
 	if r.root != "" {
@@ -119,18 +123,53 @@ func (u untrusted) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func readMeasurements(files []string) (workload.MeasurementSet, error) {
+// readMeasurements reads sets, signed ones if keyFile names the key of their signer.
+func readMeasurements(files []string, keyFile string) (workload.MeasurementSet, error) {
+	var key crypto.PublicKey
+	if keyFile != "" {
+		if len(files) == 0 {
+			return nil, errors.New("--key says who signs measurement sets, and none is named: name it with --measurements")
+		}
+		var err error
+		if key, err = readPublicKey(keyFile); err != nil {
+			return nil, err
+		}
+	}
 	var set workload.MeasurementSet
 	for _, file := range files {
 		b, err := os.ReadFile(file)
 		if err != nil {
 			return nil, err
 		}
-		s, err := workload.ParseMeasurements(b)
+		s, err := parseMeasurements(b, key)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", file, err)
 		}
 		set = append(set, s...)
 	}
 	return set, nil
+}
+
+// parseMeasurements reads a set that key has signed, or an unsigned one if key is nil.
+func parseMeasurements(b []byte, key crypto.PublicKey) (workload.MeasurementSet, error) {
+	set, err := signed.Parse(b, key)
+	switch {
+	case errors.Is(err, signed.ErrSigned):
+		return nil, fmt.Errorf("%w: name the public key of its signer with --key", err)
+	case errors.Is(err, signed.ErrUnsigned):
+		return nil, fmt.Errorf("%w, and with --key only signed ones count: have it signed with `cloister sign`, or leave --key out if the file itself is trusted", err)
+	}
+	return set, err
+}
+
+func readPublicKey(file string) (crypto.PublicKey, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	key, err := signed.ParsePublicKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return key, nil
 }

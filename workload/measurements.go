@@ -6,9 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
+	"strconv"
 	"strings"
+
+	"cloister.dev/cloister/internal/strictjson"
 )
 
 // PCRSize is the length of a platform configuration register in bytes: one SHA-384 digest.
@@ -90,11 +92,11 @@ type MeasurementSet []Measurement
 func ParseMeasurements(data []byte) (MeasurementSet, error) {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	var set MeasurementSet
-	err := readObject(dec, "a measurement set", func(key string) error {
+	err := strictjson.Object(dec, "a measurement set", func(key string) error {
 		if key != "measurements" {
 			return fmt.Errorf("a measurement set has no field %q, only \"measurements\"", key)
 		}
-		return readArray(dec, key, func() error {
+		return strictjson.Array(dec, strconv.Quote(key), func() error {
 			m, err := readMeasurement(dec)
 			if err != nil {
 				return fmt.Errorf("entry %d: %w", len(set)+1, err)
@@ -106,8 +108,8 @@ func ParseMeasurements(data []byte) (MeasurementSet, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read measurement set: %w", err)
 	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("read measurement set: data follows the closing brace")
+	if err := strictjson.End(dec); err != nil {
+		return nil, fmt.Errorf("read measurement set: %w", err)
 	}
 	if err := set.Validate(); err != nil {
 		return nil, fmt.Errorf("read measurement set: %w", err)
@@ -122,18 +124,14 @@ func readMeasurement(dec *json.Decoder) (Measurement, error) {
 	for _, r := range m.registers() {
 		fields[fmt.Sprintf("PCR%d", r.index)] = r.value
 	}
-	err := readObject(dec, "an entry", func(key string) error {
+	err := strictjson.Object(dec, "an entry", func(key string) error {
 		field, ok := fields[key]
 		if !ok {
 			return fmt.Errorf("an entry has no field %q; it has label, PCR0, PCR1, PCR2, PCR3, PCR4, PCR8 and PCR16", key)
 		}
-		tok, err := dec.Token()
+		s, err := strictjson.String(dec, key)
 		if err != nil {
 			return err
-		}
-		s, ok := tok.(string)
-		if !ok || s == "" {
-			return fmt.Errorf("%s must be a string that is not empty", key)
 		}
 		if key != "label" {
 			s = strings.ToLower(s)
@@ -142,59 +140,6 @@ func readMeasurement(dec *json.Decoder) (Measurement, error) {
 		return nil
 	})
 	return m, err
-}
-
-// readObject reads a JSON object and calls field for each key, once, to consume its value.
-func readObject(dec *json.Decoder, what string, field func(key string) error) error {
-	if tok, err := dec.Token(); err != nil {
-		return noEOF(err)
-	} else if tok != json.Delim('{') {
-		return fmt.Errorf("%s must be a JSON object", what)
-	}
-	seen := map[string]bool{}
-	for dec.More() {
-		tok, err := dec.Token()
-		if err != nil {
-			return noEOF(err)
-		}
-		key, ok := tok.(string)
-		if !ok {
-			return fmt.Errorf("%s has a key that is not a string", what)
-		}
-		if seen[key] {
-			return fmt.Errorf("%s has the field %q twice", what, key)
-		}
-		seen[key] = true
-		if err := field(key); err != nil {
-			return noEOF(err)
-		}
-	}
-	_, err := dec.Token()
-	return noEOF(err)
-}
-
-// readArray reads a JSON array and calls element to consume each element.
-func readArray(dec *json.Decoder, what string, element func() error) error {
-	if tok, err := dec.Token(); err != nil {
-		return noEOF(err)
-	} else if tok != json.Delim('[') {
-		return fmt.Errorf("%q must be a JSON array", what)
-	}
-	for dec.More() {
-		if err := element(); err != nil {
-			return err
-		}
-	}
-	_, err := dec.Token()
-	return noEOF(err)
-}
-
-// noEOF makes a plain end of input an error in words, since every caller expects more.
-func noEOF(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
 }
 
 // MarshalJSON returns the canonical form: one line, fields in the order label, PCR0, PCR1, PCR2,

@@ -1,6 +1,7 @@
 package enclavereceiver
 
 import (
+	"crypto"
 	"errors"
 	"fmt"
 	"os"
@@ -11,7 +12,7 @@ import (
 	"go.opentelemetry.io/collector/config/configoptional"
 
 	"cloister.dev/cloister/attestation"
-	"cloister.dev/cloister/workload"
+	"cloister.dev/cloister/workload/signed"
 )
 
 const (
@@ -32,6 +33,9 @@ type Config struct {
 	// Measurements is a file with the measurement set that enclaves must match, as `cloister measure`
 	// prints it.
 	Measurements string `mapstructure:"measurements"`
+	// MeasurementsKey is a PEM file with the public key that has signed the set (`cloister sign`). Without
+	// it the set must be unsigned.
+	MeasurementsKey string `mapstructure:"measurements_key"`
 	// Root is a PEM file with the root certificate of attestation documents, instead of AWS's.
 	Root string `mapstructure:"root"`
 	// MaxAge is the oldest document that is accepted.
@@ -79,7 +83,23 @@ func (c *Config) verifier() (*attestation.ClientVerifier, error) {
 		return nil, fmt.Errorf("read measurements: %w", err)
 	}
 	opts := attestation.Options{MaxAge: c.MaxAge, AllowDebug: c.AllowDebug}
-	if opts.Measurements, err = workload.ParseMeasurements(b); err != nil {
+	var key crypto.PublicKey
+	if c.MeasurementsKey != "" {
+		file, err := os.ReadFile(c.MeasurementsKey)
+		if err != nil {
+			return nil, fmt.Errorf("read measurements_key: %w", err)
+		}
+		if key, err = signed.ParsePublicKey(file); err != nil {
+			return nil, fmt.Errorf("%s: %w", c.MeasurementsKey, err)
+		}
+	}
+	opts.Measurements, err = signed.Parse(b, key)
+	switch {
+	case errors.Is(err, signed.ErrSigned):
+		return nil, fmt.Errorf("%s: %w: set measurements_key to the file with the public key of its signer", c.Measurements, err)
+	case errors.Is(err, signed.ErrUnsigned):
+		return nil, fmt.Errorf("%s: %w, and with measurements_key only a signed one counts: have it signed with cloister sign", c.Measurements, err)
+	case err != nil:
 		return nil, fmt.Errorf("%s: %w", c.Measurements, err)
 	}
 	if c.Root != "" {

@@ -1,6 +1,9 @@
 package enclavereceiver
 
 import (
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/pem"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +13,7 @@ import (
 	"go.opentelemetry.io/collector/confmap/confmaptest"
 
 	"cloister.dev/cloister/attestation"
+	"cloister.dev/cloister/workload/signed"
 )
 
 func load(t *testing.T, file string) *Config {
@@ -53,6 +57,61 @@ func TestConfigRefused(t *testing.T) {
 			got := confmap.Validate(load(t, file))
 			if got == nil || got.Error() != strings.TrimSpace(string(want)) {
 				t.Errorf("got  %v\nwant %s", got, want)
+			}
+		})
+	}
+}
+
+// A signed set counts with the key of its signer alone, and with that key no other set does.
+func TestSignedMeasurements(t *testing.T) {
+	w := newWorld(t)
+	plain, err := os.ReadFile(w.config.Measurements)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, err := signed.Parse(plain, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := newKey(t)
+	envelope, err := signed.Sign(set, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := func(key *ecdsa.PrivateKey) []byte {
+		der, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+	}
+	for name, tt := range map[string]struct {
+		set, key []byte
+		want     string // in the error
+	}{
+		"plain":             {plain, nil, ""},
+		"signed":            {envelope, public(key), ""},
+		"plain with key":    {plain, public(key), "not signed, and with measurements_key only a signed one counts"},
+		"signed, no key":    {envelope, nil, "set measurements_key"},
+		"signed by another": {envelope, public(newKey(t)), "not that of the given key"},
+		"no key in PEM":     {envelope, plain, "no PEM block"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			c := *w.config
+			c.Measurements = filepath.Join(dir, "set.json")
+			if err := os.WriteFile(c.Measurements, tt.set, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if tt.key != nil {
+				c.MeasurementsKey = filepath.Join(dir, "key.pem")
+				if err := os.WriteFile(c.MeasurementsKey, tt.key, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			v, err := c.verifier()
+			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) || (v == nil) != (err != nil) {
+				t.Errorf("got %v, %v, want %q", v, err, tt.want)
 			}
 		})
 	}
