@@ -30,6 +30,10 @@ bench-admission: ## the CPU time and allocations of one admission, beside those 
 bench-admission-kind: ## what 300 pods wait for the webhook on the kind cluster, and its memory
 	@hack/bench-kind.sh
 
+.PHONY: bench-attestation
+bench-attestation: ## the CPU time and allocations of one verification, beside the bare signatures and a verifier by others
+	@hack/bench-attestation.sh
+
 .PHONY: verify
 verify: ## format, vet, go.mod, and generated code that is what the .proto files give
 	@hack/verify.sh

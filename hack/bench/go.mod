@@ -7,6 +7,7 @@ require (
 	github.com/dapr/dapr v1.14.4
 	github.com/hashicorp/go-hclog v1.6.3
 	github.com/hashicorp/vault-k8s v1.6.2
+	github.com/hf/nitrite v0.0.0-20241225144000-c2d5d3c4f303
 	github.com/prometheus/client_golang v1.24.0
 	k8s.io/api v0.37.2
 )

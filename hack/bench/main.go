@@ -15,8 +15,6 @@ import (
 	"net/http"
 	"os"
 	"runtime"
-	"slices"
-	"syscall"
 	"time"
 
 	"github.com/dapr/dapr/pkg/injector/patcher"
@@ -26,6 +24,7 @@ import (
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 
+	"cloister.dev/cloister/hack/bench/cpu"
 	"cloister.dev/cloister/webhook/admit"
 	"cloister.dev/cloister/webhook/inject"
 )
@@ -98,7 +97,7 @@ func main() {
 		for i := range ratios {
 			ratios[i] = float64(c.times[i]) / float64(reference.times[i])
 		}
-		fmt.Printf("| %s | %.0f | %d | %.2f |\n", c.name, float64(median(c.times))/float64(time.Microsecond), median(c.allocs), median(ratios))
+		fmt.Printf("| %s | %.0f | %d | %.2f |\n", c.name, float64(cpu.Median(c.times))/float64(time.Microsecond), cpu.Median(c.allocs), cpu.Median(ratios))
 	}
 }
 
@@ -121,30 +120,15 @@ func (c *contender) round() {
 	runtime.GC()
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	start := cpuTime()
+	start := cpu.Time()
 	for range calls {
 		w.body.Reset()
 		c.handle(w, request(c.review))
 	}
-	spent := cpuTime() - start
+	spent := cpu.Time() - start
 	runtime.ReadMemStats(&after)
 	c.times = append(c.times, spent/calls)
 	c.allocs = append(c.allocs, (after.Mallocs-before.Mallocs)/calls)
-}
-
-// cpuTime is what the process has used of the CPU, in user and system mode.
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		log.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
-func median[T interface{ ~int64 | ~uint64 | ~float64 }](list []T) T {
-	sorted := slices.Clone(list)
-	slices.Sort(sorted)
-	return sorted[len(sorted)/2]
 }
 
 var header = http.Header{"Content-Type": {"application/json"}}
