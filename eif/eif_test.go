@@ -122,7 +122,7 @@ func pcr(parts ...string) []byte {
 	return outer[:]
 }
 
-func read(t *testing.T, b []byte) *Reader {
+func read(t testing.TB, b []byte) *Reader {
 	t.Helper()
 	r, err := NewReader(bytes.NewReader(b), int64(len(b)))
 	if err != nil {
@@ -131,7 +131,7 @@ func read(t *testing.T, b []byte) *Reader {
 	return r
 }
 
-func contents(t *testing.T, s Section) string {
+func contents(t testing.TB, s Section) string {
 	t.Helper()
 	b, err := io.ReadAll(s.Open())
 	if err != nil {
@@ -341,18 +341,95 @@ func TestReaderLimits(t *testing.T) {
 
 // TestReaderMemory feeds small files that claim huge sizes.
 func TestReaderMemory(t *testing.T) {
-	b := valid()
-	binary.BigEndian.PutUint64(b[28+32*8:], 4<<30)
-	binary.BigEndian.PutUint64(b[552:], 4<<30)
-	fixCRC(b)
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	if _, err := NewReader(bytes.NewReader(b), int64(len(b))); err == nil {
-		t.Fatal("accepted")
+	section := valid()
+	binary.BigEndian.PutUint64(section[28+32*8:], 4<<30)
+	binary.BigEndian.PutUint64(section[552:], 4<<30)
+	signature := func(b ...byte) []byte {
+		return assemble(rawSection{SectionKernel, []byte("kernel")}, rawSection{SectionCmdline, nil}, rawSection{SectionSignature, b})
 	}
-	runtime.ReadMemStats(&after)
-	if got := after.TotalAlloc - before.TotalAlloc; got > 1<<20 {
-		t.Errorf("allocated %d bytes for a file of %d", got, len(b))
+	tests := map[string][]byte{
+		"section":               fixCRC(section),
+		"array of signatures":   signature(0x9b, 0, 0, 0, 1, 0, 0, 0, 0),
+		"array of certificate":  signature(append([]byte("\x81\xa2\x73"+fieldCertificate), 0x9a, 0xff, 0xff, 0xff, 0xff)...),
+		"text key":              signature(0x81, 0xa2, 0x7a, 0xff, 0xff, 0xff, 0xff),
+		"map of the first":      signature(0x81, 0xba, 0xff, 0xff, 0xff, 0xff),
+		"skipped further entry": signature(0x82, 0xa0, 0x5a, 0xff, 0xff, 0xff, 0xff),
+	}
+	for name, b := range tests {
+		t.Run(name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			r, err := NewReader(bytes.NewReader(b), int64(len(b)))
+			if err == nil {
+				_, err = r.Measure()
+			}
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			runtime.ReadMemStats(&after)
+			if got := after.TotalAlloc - before.TotalAlloc; got > 1<<20 {
+				t.Errorf("allocated %d bytes for a file of %d", got, len(b))
+			}
+		})
+	}
+}
+
+// countedData counts the bytes that are read.
+type countedData struct {
+	*strings.Reader
+	read int64
+}
+
+func (d *countedData) ReadAt(p []byte, off int64) (int, error) {
+	n, err := d.Reader.ReadAt(p, off)
+	d.read += int64(n)
+	return n, err
+}
+
+// TestPasses checks what makes building fast: every input is read once, and hashed no more often than
+// its registers need.
+func TestPasses(t *testing.T) {
+	const size = 3*copyBuffer + 1
+	data := func() *countedData { return &countedData{Reader: strings.NewReader(strings.Repeat("x", size))} }
+	inputs := []*countedData{data(), data(), data()}
+	var f memFile
+	if _, err := Write(&f, Image{Arch: X86_64, Kernel: inputs[0], Ramdisks: []Data{inputs[1], inputs[2]}}); err != nil {
+		t.Fatal(err)
+	}
+	for i, d := range inputs {
+		if d.read != size {
+			t.Errorf("%d bytes of input %d were read, which has %d", d.read, i, size)
+		}
+	}
+
+	file := &countedData{Reader: strings.NewReader(string(f.data))}
+	r, err := NewReader(file, file.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Measure(); err != nil {
+		t.Fatal(err)
+	}
+	if limit := 2*file.Size() + headerSize; file.read > limit {
+		t.Errorf("%d bytes of a file of %d were read to check and measure it, more than %d", file.read, file.Size(), limit)
+	}
+
+	m := newMeasurer()
+	for i, want := range []int{1, 1, 0, 1, 2, 2} {
+		typ := []SectionType{SectionKernel, SectionCmdline, SectionMetadata, SectionRamdisk, SectionRamdisk, SectionRamdisk}[i]
+		if got := len(m.writers(typ)); got != want {
+			t.Errorf("section %d, a %s, is hashed %d times, not %d", i, typ, got, want)
+		}
+	}
+}
+
+func TestCombineCRC(t *testing.T) {
+	b := bytes.Repeat([]byte("the quick brown fox"), 100)
+	for _, at := range []int{0, 1, 7, 548, len(b) - 1, len(b)} {
+		got := combineCRC(crc32.ChecksumIEEE(b[:at]), crc32.ChecksumIEEE(b[at:]), uint64(len(b)-at))
+		if want := crc32.ChecksumIEEE(b); got != want {
+			t.Errorf("split at %d: got %08x, want %08x", at, got, want)
+		}
 	}
 }
 
@@ -408,10 +485,21 @@ func TestWriteRefuses(t *testing.T) {
 		change func(*Image)
 		want   string
 	}{
-		"no architecture":   {func(i *Image) { i.Arch = "" }, "architecture"},
-		"no kernel":         {func(i *Image) { i.Kernel = nil }, "kernel is missing"},
-		"empty kernel":      {func(i *Image) { i.Kernel = strings.NewReader("") }, "kernel is missing"},
-		"30 ramdisks":       {func(i *Image) { i.Ramdisks = make([]Data, 30) }, "at most 29 fit"},
+		"no architecture": {func(i *Image) { i.Arch = "" }, "architecture"},
+		"no kernel":       {func(i *Image) { i.Kernel = nil }, "kernel is missing"},
+		"empty kernel":    {func(i *Image) { i.Kernel = strings.NewReader("") }, "kernel is missing"},
+		"30 ramdisks":     {func(i *Image) { i.Ramdisks = make([]Data, 30) }, "at most 29 fit"},
+		"NUL in cmdline":  {func(i *Image) { i.Cmdline = "a\x00b" }, "NUL"},
+		"29 and a signer": {func(i *Image) {
+			i.Metadata, i.Signer = &Metadata{}, testSigner(t, p256)
+			for range MaxRamdisks {
+				i.Ramdisks = append(i.Ramdisks, strings.NewReader("r"))
+			}
+		}, "33 sections with the signature"},
+		"large certificate": {func(i *Image) {
+			i.Signer = testSigner(t, p256)
+			i.Signer.pem = append(i.Signer.pem, make([]byte, maxSignature)...)
+		}, "more than 32768"},
 		"long cmdline":      {func(i *Image) { i.Cmdline = strings.Repeat("x", maxCmdline+1) }, "command line has 65537 bytes"},
 		"bad metadata":      {func(i *Image) { i.Metadata = &Metadata{CustomMetadata: json.RawMessage("{")} }, "CustomMetadata"},
 		"double metadata":   {func(i *Image) { i.Metadata = &Metadata{DockerInfo: json.RawMessage("1 2")} }, "DockerInfo: data follows"},
@@ -495,30 +583,19 @@ func TestMetadataEncode(t *testing.T) {
 	}
 }
 
-// TestVectors compares with what AWS's library built from the same inputs: registers of all files
-// and the bytes of the unsigned ones.
+// TestVectors compares with what AWS's library built from the same inputs: the registers, the bytes of
+// unsigned files, and those of signed ones but for the signature, of which all fields are the same.
 func TestVectors(t *testing.T) {
-	for _, name := range []string{"two_ramdisks", "metadata", "signed_p384"} {
+	vector(t, "two_ramdisks.eif") // or skip
+	files, err := filepath.Glob(filepath.Join(vectors, "*.eif"))
+	if err != nil || len(files) < 3 {
+		t.Fatalf("%d vectors found, %v", len(files), err)
+	}
+	for _, name := range files {
+		name = strings.TrimSuffix(filepath.Base(name), ".eif")
 		t.Run(name, func(t *testing.T) {
 			file := vector(t, name+".eif")
-			var want struct{ PCR0, PCR1, PCR2, PCR8 string }
-			if err := json.Unmarshal(vector(t, name+".pcrs.json"), &want); err != nil {
-				t.Fatal(err)
-			}
 			r := read(t, file)
-			got, err := r.Measure()
-			if err != nil {
-				t.Fatal(err)
-			}
-			hexed := struct{ PCR0, PCR1, PCR2, PCR8 string }{hex.EncodeToString(got.PCR0), hex.EncodeToString(got.PCR1),
-				hex.EncodeToString(got.PCR2), hex.EncodeToString(got.PCR8)}
-			if diff := cmp.Diff(want, hexed); diff != "" {
-				t.Errorf("registers (-AWS +ours):\n%s", diff)
-			}
-			if name == "signed_p384" {
-				return
-			}
-
 			metadata, err := r.Metadata()
 			if err != nil {
 				t.Fatal(err)
@@ -526,21 +603,84 @@ func TestVectors(t *testing.T) {
 			if name == "metadata" { // the builder got the file, not its sorted form
 				metadata.CustomMetadata = vector(t, "inputs/metadata.json")
 			}
-			var f memFile
-			_, err = Write(&f, Image{
+			img := Image{
 				Arch:     X86_64,
 				Kernel:   bytes.NewReader(vector(t, "inputs/bzImage")),
 				Cmdline:  string(vector(t, "inputs/cmdline.txt")) + "\n",
 				Metadata: metadata,
 				Ramdisks: []Data{bytes.NewReader(vector(t, "inputs/rd1.cpio.gz")), bytes.NewReader(vector(t, "inputs/rd2.cpio.gz"))},
-			})
-			if err != nil {
+			}
+			if curve, signed := strings.CutPrefix(name, "signed_"); signed {
+				if img.Signer, err = NewSigner(vector(t, "inputs/cert_"+curve+".pem"), vector(t, "inputs/key_"+curve+".pem")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var want struct{ PCR0, PCR1, PCR2, PCR8 string }
+			if err := json.Unmarshal(vector(t, name+".pcrs.json"), &want); err != nil {
 				t.Fatal(err)
 			}
-			if !bytes.Equal(f.data, file) {
-				t.Errorf("Write makes %d bytes that differ from AWS's %d", len(f.data), len(file))
-			}
+			compareAWS(t, file, want, img)
 		})
+	}
+}
+
+// compareAWS compares an EIF of AWS's builder, and the registers that it printed, with what we make of
+// the same inputs.
+func compareAWS(t *testing.T, aws []byte, registers struct{ PCR0, PCR1, PCR2, PCR8 string }, img Image) {
+	t.Helper()
+	r := read(t, aws)
+	measured, err := r.Measure()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f memFile
+	written, err := Write(&f, img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, m := range map[string]*Measurements{"Measure": measured, "Write": written} {
+		got := struct{ PCR0, PCR1, PCR2, PCR8 string }{hex.EncodeToString(m.PCR0), hex.EncodeToString(m.PCR1),
+			hex.EncodeToString(m.PCR2), hex.EncodeToString(m.PCR8)}
+		if diff := cmp.Diff(registers, got); diff != "" {
+			t.Errorf("%s: registers (-AWS +ours):\n%s", name, diff)
+		}
+	}
+	if img.Signer == nil {
+		if !bytes.Equal(f.data, aws) {
+			t.Errorf("Write makes %d bytes that differ from AWS's %d", len(f.data), len(aws))
+		}
+		return
+	}
+
+	ours := read(t, f.data)
+	for name, r := range map[string]*Reader{"AWS's": r, "ours": ours} {
+		if _, _, err := r.Verify(img.Signer.Certificate(), img.Signer.Certificate().NotAfter); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	a, o := signatureFields(t, r), signatureFields(t, ours)
+	if bytes.Equal(a.Signature, o.Signature) {
+		t.Error("two signatures are the same: one of them is not random")
+	}
+	if len(a.Signature) != len(o.Signature) {
+		t.Errorf("the signatures have %d (AWS) and %d bytes", len(a.Signature), len(o.Signature))
+	}
+	a.Signature, o.Signature = nil, nil
+	if diff := cmp.Diff(a, o); diff != "" {
+		t.Errorf("signature (-AWS +ours):\n%s", diff)
+	}
+	// Without their signatures the files are the same: header, order, metadata.
+	var bare, ourBare memFile
+	for f, r := range map[*memFile]*Reader{&bare: r, &ourBare: ours} {
+		if _, err := r.layout().write(f, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(bare.data, ourBare.data) {
+		t.Error("the files differ beside their signatures")
+	}
+	if last := r.sections[len(r.sections)-1].Type; last != SectionSignature || len(r.sections) != len(ours.sections) {
+		t.Errorf("AWS's file has %d sections, ours %d; AWS's last is a %s", len(r.sections), len(ours.sections), last)
 	}
 }
 
@@ -564,10 +704,40 @@ func FuzzReader(f *testing.F) {
 		if total != int64(len(b)) {
 			t.Errorf("%d bytes are listed, but the file has %d", total, len(b))
 		}
+		if r.find(SectionSignature) == nil {
+			var again memFile
+			if _, err := r.layout().write(&again, nil); err != nil || !bytes.Equal(again.data, b) {
+				t.Errorf("written again it is another file, %v", err)
+			}
+		}
 		r.Cmdline()
 		r.Metadata()
 		if m, err := r.Measure(); err == nil && (len(m.PCR0) != 48 || len(m.PCR1) != 48 || len(m.PCR2) != 48) {
 			t.Errorf("registers of wrong length: %+v", m)
+		}
+	})
+}
+
+func FuzzMetadata(f *testing.F) {
+	f.Add([]byte(contents(f, *read(f, valid()).find(SectionMetadata))))
+	f.Add([]byte(`{"ImageName":"\u0000\ud800","DockerInfo":[1e5,-0,{"b":1,"a":[]}],"CustomMetadata":{"":18446744073709551616}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		decode := func(b []byte) (*Metadata, error) {
+			return read(t, assemble(rawSection{SectionKernel, []byte("k")}, rawSection{SectionCmdline, nil}, rawSection{SectionMetadata, b})).Metadata()
+		}
+		m, err := decode(b)
+		if err != nil {
+			return
+		}
+		first, err := m.encode()
+		if err != nil {
+			return // a number that no float64 holds
+		}
+		if m, err = decode([]byte(first)); err != nil {
+			t.Fatalf("%s is not read again: %v", first, err)
+		}
+		if second, err := m.encode(); err != nil || second != first {
+			t.Errorf("%s becomes %s, %v", first, second, err)
 		}
 	})
 }

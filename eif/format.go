@@ -44,7 +44,7 @@ const (
 	SectionKernel    SectionType = 1 // bzImage on x86_64, raw Image on aarch64
 	SectionCmdline   SectionType = 2 // kernel command line, without a final newline or NUL
 	SectionRamdisk   SectionType = 3 // cpio archive, compressed or not; the kernel unpacks them one over the other
-	SectionSignature SectionType = 4 // CBOR, see Reader.Measure
+	SectionSignature SectionType = 4 // CBOR, see NewSigner and Reader.Measure
 	SectionMetadata  SectionType = 5 // JSON, see Metadata
 )
 
@@ -88,8 +88,8 @@ func (h *header) encode() []byte {
 }
 
 // encodeSectionHeader returns the 12 bytes before a section's data.
-func encodeSectionHeader(t SectionType, size int64) []byte {
+func encodeSectionHeader(t SectionType, size uint64) []byte {
 	b := binary.BigEndian.AppendUint16(nil, uint16(t))
 	b = binary.BigEndian.AppendUint16(b, 0)
-	return binary.BigEndian.AppendUint64(b, uint64(size))
+	return binary.BigEndian.AppendUint64(b, size)
 }

@@ -40,27 +40,34 @@ func register(digest []byte) []byte {
 	return h.Sum(nil)
 }
 
-// measurer hashes sections, which must come as kernel, command line, ramdisks. The first part of
-// PCR0 is PCR1, so each byte is hashed at most twice.
+// measurer hashes the sections of an EIF, which come as kernel, command line, ramdisks. The first part
+// of PCR0 is PCR1, so each byte is hashed at most twice, and those of the first ramdisk once.
 type measurer struct {
 	all, rest hash.Hash // for PCR0 and PCR2
 	pcr1      []byte    // digest, once the first ramdisk is done
+	ramdisks  int
 }
 
 func newMeasurer() *measurer {
 	return &measurer{all: sha512.New384(), rest: sha512.New384()}
 }
 
-// writer returns where the data of the next section goes; ramdisk counts from 0, negative for
-// kernel and command line.
-func (m *measurer) writer(ramdisk int) io.Writer {
-	if ramdisk < 1 {
-		return m.all
+// writers returns where the data of the next section goes.
+func (m *measurer) writers(t SectionType) []io.Writer {
+	switch t {
+	case SectionKernel, SectionCmdline:
+		return []io.Writer{m.all}
+	case SectionRamdisk:
+		m.ramdisks++
+		if m.ramdisks == 1 {
+			return []io.Writer{m.all}
+		}
+		if m.ramdisks == 2 {
+			m.pcr1 = m.all.Sum(nil)
+		}
+		return []io.Writer{m.all, m.rest}
 	}
-	if m.pcr1 == nil {
-		m.pcr1 = m.all.Sum(nil)
-	}
-	return io.MultiWriter(m.all, m.rest)
+	return nil // metadata and signature are not measured
 }
 
 // measurements ends the measuring. PCR8 stays nil.

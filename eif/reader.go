@@ -2,6 +2,7 @@ package eif
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"time"
 )
 
 // Limits of sections that are read into memory, in bytes.
@@ -255,30 +257,62 @@ func (r *Reader) Metadata() (*Metadata, error) {
 }
 
 // Measure computes the registers that an enclave of this EIF shows. If the EIF is signed, the
-// signature must be its certificate's over PCR0; the certificate's dates are not checked.
+// signature must be its certificate's over PCR0; the certificate's dates are not checked, for which
+// see Verify.
 func (r *Reader) Measure() (*Measurements, error) {
-	m := newMeasurer()
-	for _, s := range []*Section{r.find(SectionKernel), r.find(SectionCmdline)} {
-		if err := copyAll(m.writer(-1), s.Open()); err != nil {
-			return nil, fmt.Errorf("measure EIF: %w", err)
-		}
+	out, _, err := r.measure()
+	return out, err
+}
+
+// Verify measures as Measure does, and demands a signature: by the certificate signer unless that is
+// nil, and by one that is valid at the given time. Nitro starts no EIF whose certificate has expired
+// (nitro-cli, docs/image_signing.md). The returned certificate is the one that signed; nothing is
+// said of who issued it.
+func (r *Reader) Verify(signer *x509.Certificate, at time.Time) (*Measurements, *x509.Certificate, error) {
+	out, cert, err := r.measure()
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case cert == nil:
+		err = errors.New("it is not signed")
+	case signer != nil && !signer.Equal(cert):
+		err = fmt.Errorf("it is signed by another certificate, that of %q with serial number %x", cert.Subject, cert.SerialNumber)
+	default:
+		err = CheckValidity(cert, at)
 	}
-	for i, s := range r.Ramdisks() {
-		if err := copyAll(m.writer(i), s.Open()); err != nil {
-			return nil, fmt.Errorf("measure EIF: %w", err)
+	if err != nil {
+		return nil, nil, fmt.Errorf("verify EIF signature: %w", err)
+	}
+	return out, cert, nil
+}
+
+// measure returns the registers and the certificate that signed, nil if none did.
+func (r *Reader) measure() (*Measurements, *x509.Certificate, error) {
+	m := newMeasurer()
+	for _, s := range r.sections {
+		dst := m.writers(s.Type)
+		if dst == nil {
+			continue
+		}
+		if err := copyAll(io.MultiWriter(dst...), s.Open()); err != nil {
+			return nil, nil, fmt.Errorf("measure EIF: %w", err)
 		}
 	}
 	out := m.measurements()
-	if s := r.find(SectionSignature); s != nil {
-		raw, err := s.read(maxSignature)
-		if err != nil {
-			return nil, err
-		}
-		if out.PCR8, err = verifySignature(raw, out.PCR0); err != nil {
-			return nil, fmt.Errorf("verify EIF signature: %w", err)
-		}
+	s := r.find(SectionSignature)
+	if s == nil {
+		return out, nil, nil
 	}
-	return out, nil
+	raw, err := s.read(maxSignature)
+	if err != nil {
+		return nil, nil, err
+	}
+	cert, err := verifySignature(raw, out.PCR0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("verify EIF signature: %w", err)
+	}
+	out.PCR8 = pcr8(cert)
+	return out, cert, nil
 }
 
 // find returns the first section of a type, or nil.

@@ -1,16 +1,20 @@
 package eif
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/sha256"
+	_ "crypto/sha256" // for crypto.SHA256
 	"crypto/sha512"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"math"
 	"math/big"
+	"slices"
+	"time"
 
 	"cloister.dev/cloister/internal/cbor"
 )
@@ -21,34 +25,178 @@ const maxSignature = 32768
 
 // algorithm is a COSE signature algorithm for signed EIFs (RFC 9053, section 2.1).
 type algorithm struct {
+	id    int64
 	curve elliptic.Curve
-	sum   func([]byte) []byte
+	hash  crypto.Hash
 }
 
-var algorithms = map[int64]algorithm{
-	-7:  {elliptic.P256(), func(b []byte) []byte { s := sha256.Sum256(b); return s[:] }},
-	-35: {elliptic.P384(), func(b []byte) []byte { s := sha512.Sum384(b); return s[:] }},
-	-36: {elliptic.P521(), func(b []byte) []byte { s := sha512.Sum512(b); return s[:] }},
+var algorithms = []algorithm{
+	{-7, elliptic.P256(), crypto.SHA256},
+	{-35, elliptic.P384(), crypto.SHA384},
+	{-36, elliptic.P521(), crypto.SHA512},
 }
 
-// verifySignature reads a signature section, checks that its first entry signs pcr0 and returns
-// PCR8, which measures the entry's certificate. As in AWS's loader, other entries do not count.
+// half returns the bytes of each of the two numbers of a signature.
+func (a algorithm) half() int { return (a.curve.Params().BitSize + 7) / 8 }
+
+// digest hashes what a COSE_Sign1 signs (RFC 9052, section 4.4).
+func (a algorithm) digest(protected, payload []byte) []byte {
+	b := cbor.AppendText(cbor.AppendArray(nil, 4), "Signature1")
+	b = cbor.AppendBytes(b, protected)
+	b = cbor.AppendBytes(b, nil)
+	b = cbor.AppendBytes(b, payload)
+	h := a.hash.New()
+	h.Write(b)
+	return h.Sum(nil)
+}
+
+// Signer signs EIFs.
+type Signer struct {
+	pem  []byte // as it is written
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	alg  algorithm
+}
+
+// NewSigner returns a signer with a certificate and its key, on the curve P-256, P-384 or P-521 and
+// not encrypted, both in PEM form (RFC 7468; the key as PKCS #8 or as "EC PRIVATE KEY", RFC 5915). The
+// first certificate counts; all of certPEM goes into the EIF, as with AWS's builder.
+func NewSigner(certPEM, keyPEM []byte) (*Signer, error) {
+	cert, err := ParseCertificate(certPEM)
+	if err != nil {
+		return nil, err
+	}
+	key, err := parseKey(keyPEM)
+	if err != nil {
+		return nil, fmt.Errorf("read signing key: %w", err)
+	}
+	if !key.PublicKey.Equal(cert.PublicKey) {
+		return nil, errors.New("the signing key is not that of the signing certificate")
+	}
+	for _, alg := range algorithms {
+		if alg.curve == key.Curve {
+			return &Signer{certPEM, cert, key, alg}, nil
+		}
+	}
+	return nil, fmt.Errorf("the signing key is on the curve %s: only P-256, P-384 and P-521 can sign an EIF", key.Curve.Params().Name)
+}
+
+// Certificate returns the signer's certificate.
+func (s *Signer) Certificate() *x509.Certificate { return s.cert }
+
+// ParseCertificate reads the first certificate of a PEM file.
+func ParseCertificate(certPEM []byte) (*x509.Certificate, error) {
+	block, _ := pem.Decode(certPEM)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, errors.New("the signing certificate is not in PEM form")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("read signing certificate: %w", err)
+	}
+	return cert, nil
+}
+
+// parseKey reads the first private key of a PEM file.
+func parseKey(keyPEM []byte) (*ecdsa.PrivateKey, error) {
+	for {
+		var block *pem.Block
+		if block, keyPEM = pem.Decode(keyPEM); block == nil {
+			return nil, errors.New("the file has no unencrypted private key in PEM form")
+		}
+		switch block.Type {
+		case "EC PRIVATE KEY":
+			if block.Headers["DEK-Info"] != "" {
+				return nil, errors.New("the key is encrypted")
+			}
+			return x509.ParseECPrivateKey(block.Bytes)
+		case "PRIVATE KEY":
+			key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+			if err != nil {
+				return nil, err
+			}
+			if key, ok := key.(*ecdsa.PrivateKey); ok {
+				return key, nil
+			}
+			return nil, errors.New("the key is not an elliptic curve key")
+		}
+	}
+}
+
+// CheckValidity reports an error if a certificate is not valid at the given time.
+func CheckValidity(cert *x509.Certificate, at time.Time) error {
+	if at.Before(cert.NotBefore) || at.After(cert.NotAfter) {
+		return fmt.Errorf("the signing certificate is valid from %s to %s, not at %s: no enclave starts with it",
+			cert.NotBefore.UTC().Format(time.RFC3339), cert.NotAfter.UTC().Format(time.RFC3339), at.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// pcr8 measures a certificate.
+func pcr8(cert *x509.Certificate) []byte {
+	sum := sha512.Sum384(cert.Raw)
+	return register(sum[:])
+}
+
+// sign returns a signature section, as verifySignature reads it. The same key signs the same PCR0 with
+// the same bytes (RFC 6979).
+func (s *Signer) sign(pcr0 []byte) ([]byte, error) {
+	payload := cbor.AppendMap(nil, 2)
+	payload = cbor.AppendUint(cbor.AppendText(payload, fieldIndex), 0)
+	payload = appendByteArray(cbor.AppendText(payload, fieldValue), pcr0)
+	protected := cbor.AppendInt(cbor.AppendInt(cbor.AppendMap(nil, 1), headerAlgorithm), s.alg.id)
+	der, err := s.key.Sign(nil, s.alg.digest(protected, payload), s.alg.hash)
+	if err != nil {
+		return nil, fmt.Errorf("sign PCR0: %w", err)
+	}
+	var numbers struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &numbers); err != nil {
+		return nil, fmt.Errorf("sign PCR0: %w", err)
+	}
+	signature := make([]byte, 2*s.alg.half())
+	numbers.R.FillBytes(signature[:s.alg.half()])
+	numbers.S.FillBytes(signature[s.alg.half():])
+
+	sign1 := cbor.AppendBytes(cbor.AppendArray(nil, 4), protected)
+	sign1 = cbor.AppendBytes(cbor.AppendMap(sign1, 0), payload)
+	sign1 = cbor.AppendBytes(sign1, signature)
+	section := cbor.AppendMap(cbor.AppendArray(nil, 1), 2)
+	section = appendByteArray(cbor.AppendText(section, fieldCertificate), s.pem)
+	section = appendByteArray(cbor.AppendText(section, fieldSignature), sign1)
+	if len(section) > maxSignature {
+		return nil, fmt.Errorf("the signature section has %d bytes, more than %d: the certificate's file must be smaller", len(section), maxSignature)
+	}
+	return section, nil
+}
+
+// Names in a signature section and in its signed payload, and the COSE header of the algorithm
+// (RFC 9052, section 3.1).
+const (
+	fieldCertificate = "signing_certificate"
+	fieldSignature   = "signature"
+	fieldIndex       = "register_index"
+	fieldValue       = "register_value"
+	headerAlgorithm  = 1
+)
+
+// verifySignature reads a signature section, checks that its first entry signs pcr0 and returns the
+// entry's certificate. As in AWS's loader, other entries do not count.
 //
 // The section is a CBOR array of maps {"signing_certificate", "signature"}, both as arrays of
 // integers: a certificate in PEM form and an untagged COSE_Sign1 whose payload is a map
 // {"register_index": 0, "register_value": PCR0 as an array of integers}.
-func verifySignature(section, pcr0 []byte) (pcr8 []byte, err error) {
+func verifySignature(section, pcr0 []byte) (*x509.Certificate, error) {
 	var certPEM, sign1 []byte
 	dec := cbor.NewDecoder(section)
 	entries := 0
-	err = dec.Array(func(i int) error {
+	err := dec.Array(func(i int) error {
 		entries++
 		if i > 0 {
 			return dec.Skip()
 		}
 		return readFields(dec, map[string]func() error{
-			"signing_certificate": func() (err error) { certPEM, err = readByteArray(dec); return err },
-			"signature":           func() (err error) { sign1, err = readByteArray(dec); return err },
+			fieldCertificate: func() (err error) { certPEM, err = readByteArray(dec); return err },
+			fieldSignature:   func() (err error) { sign1, err = readByteArray(dec); return err },
 		})
 	})
 	if err == nil && entries == 0 {
@@ -60,14 +208,9 @@ func verifySignature(section, pcr0 []byte) (pcr8 []byte, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read signature section: %w", err)
 	}
-
-	block, _ := pem.Decode(certPEM)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("the signing certificate is not in PEM form")
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	cert, err := ParseCertificate(certPEM)
 	if err != nil {
-		return nil, fmt.Errorf("read signing certificate: %w", err)
+		return nil, err
 	}
 	payload, err := openSign1(sign1, cert)
 	if err != nil {
@@ -76,8 +219,7 @@ func verifySignature(section, pcr0 []byte) (pcr8 []byte, err error) {
 	if err := checkSigned(payload, pcr0); err != nil {
 		return nil, err
 	}
-	sum := sha512.Sum384(cert.Raw)
-	return register(sum[:]), nil
+	return cert, nil
 }
 
 // openSign1 checks a COSE_Sign1 (RFC 9052, section 4.2) by the key of cert and returns its payload.
@@ -118,16 +260,12 @@ func openSign1(sign1 []byte, cert *x509.Certificate) ([]byte, error) {
 	if !ok || key.Curve != alg.curve {
 		return nil, errors.New("the signing certificate's key does not fit the signature's algorithm")
 	}
-	half := (alg.curve.Params().BitSize + 7) / 8
+	half := alg.half()
 	if len(signature) != 2*half {
 		return nil, fmt.Errorf("the signature has %d bytes, not %d", len(signature), 2*half)
 	}
-	signed := cbor.AppendText(cbor.AppendArray(nil, 4), "Signature1")
-	signed = cbor.AppendBytes(signed, protected)
-	signed = cbor.AppendBytes(signed, nil)
-	signed = cbor.AppendBytes(signed, payload)
 	r, s := new(big.Int).SetBytes(signature[:half]), new(big.Int).SetBytes(signature[half:])
-	if !ecdsa.Verify(key, alg.sum(signed), r, s) {
+	if !ecdsa.Verify(key, alg.digest(protected, payload), r, s) {
 		return nil, errors.New("the signature is not that of the signing certificate")
 	}
 	return payload, nil
@@ -142,18 +280,18 @@ func readAlgorithm(protected []byte) (algorithm, error) {
 		if err != nil {
 			return err
 		}
-		if key != 1 || out.curve != nil {
+		if key != headerAlgorithm || out.curve != nil {
 			return fmt.Errorf("unexpected header %d", key)
 		}
 		id, err := dec.Int()
 		if err != nil {
 			return err
 		}
-		alg, ok := algorithms[id]
-		if !ok {
+		i := slices.IndexFunc(algorithms, func(a algorithm) bool { return a.id == id })
+		if i < 0 {
 			return fmt.Errorf("algorithm %d is none of ES256 (-7), ES384 (-35) and ES512 (-36)", id)
 		}
-		out = alg
+		out = algorithms[i]
 		return nil
 	})
 	if err == nil && out.curve == nil {
@@ -171,8 +309,8 @@ func checkSigned(payload, pcr0 []byte) error {
 	var value []byte
 	dec := cbor.NewDecoder(payload)
 	err := readFields(dec, map[string]func() error{
-		"register_index": func() (err error) { index, err = dec.Uint(); return err },
-		"register_value": func() (err error) { value, err = readByteArray(dec); return err },
+		fieldIndex: func() (err error) { index, err = dec.Uint(); return err },
+		fieldValue: func() (err error) { value, err = readByteArray(dec); return err },
 	})
 	if err == nil {
 		err = dec.End()
@@ -230,4 +368,12 @@ func readByteArray(dec *cbor.Decoder) ([]byte, error) {
 		return err
 	})
 	return out, err
+}
+
+func appendByteArray(b, v []byte) []byte {
+	b = cbor.AppendArray(b, len(v))
+	for _, x := range v {
+		b = cbor.AppendUint(b, uint64(x))
+	}
+	return b
 }

@@ -1,6 +1,7 @@
 package eif
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -20,83 +21,52 @@ type Data interface {
 type Image struct {
 	Arch     Arch
 	Kernel   Data
-	Cmdline  string    // written without white space at its ends, as AWS's builder does
+	Cmdline  string    // written without white space at its ends, as nitro-cli does
 	Metadata *Metadata // optional
 	Ramdisks []Data    // at most MaxRamdisks, in the order in which the kernel unpacks them
+	Signer   *Signer   // optional; takes the place of one ramdisk
 }
 
-// Write writes an unsigned EIF to w, from the current position, and returns its measurements. The
-// bytes are those of AWS's builder for the same inputs and metadata. Each input is read once, while
-// it is written and measured; the checksum is filled in at the end, for which w must seek.
+// Write writes an EIF to w, from the current position, and returns its measurements. The bytes are
+// those of AWS's builder for the same inputs and metadata; only signatures differ. Each input is
+// read once, while it is written and measured; the header is filled in at the end, for which w must
+// seek.
 func Write(w io.WriteSeeker, img Image) (*Measurements, error) {
-	m, err := write(w, img)
+	l, err := img.layout()
+	if err == nil {
+		var m *Measurements
+		if m, err = l.write(w, img.Signer); err == nil {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("write EIF: %w", err)
+}
+
+// Sign writes the EIF that r reads to w, from the current position, signed by s, and returns its
+// measurements. Nothing else changes, but that a signature that it had is gone.
+func Sign(w io.WriteSeeker, r *Reader, s *Signer) (*Measurements, error) {
+	m, err := r.layout().write(w, s)
 	if err != nil {
-		return nil, fmt.Errorf("write EIF: %w", err)
+		return nil, fmt.Errorf("sign EIF: %w", err)
 	}
 	return m, nil
 }
 
-// part is a section to write. ramdisk counts from 0; negative numbers see measured.
+// layout is an EIF before it is written, without a signature.
+type layout struct {
+	arch   Arch
+	memory uint64
+	cpus   uint64
+	parts  []part
+}
+
 type part struct {
-	typ     SectionType
-	data    Data
-	ramdisk int
+	typ  SectionType
+	data Data
 }
 
-func write(w io.WriteSeeker, img Image) (*Measurements, error) {
-	parts, err := img.parts()
-	if err != nil {
-		return nil, err
-	}
-	h := header{Version: version, Memory: DefaultMemory, CPUs: DefaultCPUs, NumSections: uint16(len(parts))}
-	copy(h.Magic[:], magic)
-	if img.Arch == AArch64 {
-		h.Flags = flagARM64
-	}
-	offset := uint64(headerSize)
-	for i, p := range parts {
-		h.Offsets[i], h.Sizes[i] = offset, uint64(p.data.Size())
-		offset += sectionHeaderSize + h.Sizes[i]
-	}
-
-	start, err := w.Seek(0, io.SeekCurrent)
-	if err != nil {
-		return nil, err
-	}
-	raw := h.encode()
-	if _, err := w.Write(raw); err != nil {
-		return nil, err
-	}
-	crc := crc32.NewIEEE()
-	crc.Write(raw[:crcOffset])
-	measure := newMeasurer()
-	for _, p := range parts {
-		if _, err := io.MultiWriter(w, crc).Write(encodeSectionHeader(p.typ, p.data.Size())); err != nil {
-			return nil, err
-		}
-		dst := io.MultiWriter(w, crc)
-		if p.typ != SectionMetadata {
-			dst = io.MultiWriter(w, crc, measure.writer(p.ramdisk))
-		}
-		if err := copyAll(dst, io.NewSectionReader(p.data, 0, p.data.Size())); err != nil {
-			return nil, fmt.Errorf("%s: %w", p.typ, err)
-		}
-	}
-
-	if _, err := w.Seek(start+crcOffset, io.SeekStart); err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(binary.BigEndian.AppendUint32(nil, crc.Sum32())); err != nil {
-		return nil, err
-	}
-	if _, err := w.Seek(start+int64(offset), io.SeekStart); err != nil {
-		return nil, err
-	}
-	return measure.measurements(), nil
-}
-
-// parts returns the sections in the order of AWS's builder.
-func (img *Image) parts() ([]part, error) {
+// layout returns the sections in the order of AWS's builder.
+func (img *Image) layout() (*layout, error) {
 	if img.Arch != X86_64 && img.Arch != AArch64 {
 		return nil, fmt.Errorf("the architecture is %q, neither %q nor %q", img.Arch, X86_64, AArch64)
 	}
@@ -110,10 +80,10 @@ func (img *Image) parts() ([]part, error) {
 	if len(cmdline) > maxCmdline {
 		return nil, fmt.Errorf("the command line has %d bytes, more than %d", len(cmdline), maxCmdline)
 	}
-	parts := []part{
-		{SectionKernel, img.Kernel, -1},
-		{SectionCmdline, strings.NewReader(cmdline), -1},
+	if strings.ContainsRune(cmdline, 0) {
+		return nil, errors.New("the command line has a NUL, at which the kernel would end it")
 	}
+	l := &layout{img.Arch, DefaultMemory, DefaultCPUs, []part{{SectionKernel, img.Kernel}, {SectionCmdline, strings.NewReader(cmdline)}}}
 	if img.Metadata != nil {
 		metadata, err := img.Metadata.encode()
 		if err != nil {
@@ -122,10 +92,92 @@ func (img *Image) parts() ([]part, error) {
 		if len(metadata) > maxMetadata {
 			return nil, fmt.Errorf("the metadata has %d bytes, more than %d", len(metadata), maxMetadata)
 		}
-		parts = append(parts, part{SectionMetadata, strings.NewReader(metadata), -1})
+		l.parts = append(l.parts, part{SectionMetadata, strings.NewReader(metadata)})
 	}
-	for i, r := range img.Ramdisks {
-		parts = append(parts, part{SectionRamdisk, r, i})
+	for _, r := range img.Ramdisks {
+		l.parts = append(l.parts, part{SectionRamdisk, r})
 	}
-	return parts, nil
+	return l, nil
+}
+
+func (r *Reader) layout() *layout {
+	l := &layout{r.Arch, r.Memory, r.CPUs, nil}
+	for _, s := range r.sections {
+		if s.Type != SectionSignature {
+			l.parts = append(l.parts, part{s.Type, s.Open()})
+		}
+	}
+	return l
+}
+
+// write writes the sections, and behind them a signature if s is not nil. The header comes first in
+// the checksum and last in time: the size of the signature depends on the digits of PCR0.
+func (l *layout) write(w io.WriteSeeker, s *Signer) (*Measurements, error) {
+	sections := len(l.parts)
+	if s != nil {
+		sections++
+	}
+	if sections > maxSections {
+		return nil, fmt.Errorf("there are %d sections with the signature, but at most %d fit: leave out a ramdisk or the metadata", sections, maxSections)
+	}
+	h := header{Version: version, Memory: l.memory, CPUs: l.cpus}
+	copy(h.Magic[:], magic)
+	if l.arch == AArch64 {
+		h.Flags = flagARM64
+	}
+	start, err := w.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(make([]byte, headerSize)); err != nil {
+		return nil, err
+	}
+
+	end := uint64(headerSize)
+	crc := crc32.NewIEEE()
+	section := func(p part, measure ...io.Writer) error {
+		size := uint64(p.data.Size())
+		h.Offsets[h.NumSections], h.Sizes[h.NumSections] = end, size
+		h.NumSections++
+		end += sectionHeaderSize + size
+		dst := io.MultiWriter(w, crc)
+		if _, err := dst.Write(encodeSectionHeader(p.typ, size)); err != nil {
+			return err
+		}
+		if err := copyAll(io.MultiWriter(append(measure, dst)...), io.NewSectionReader(p.data, 0, int64(size))); err != nil {
+			return fmt.Errorf("%s: %w", p.typ, err)
+		}
+		return nil
+	}
+	m := newMeasurer()
+	for _, p := range l.parts {
+		if err := section(p, m.writers(p.typ)...); err != nil {
+			return nil, err
+		}
+	}
+	out := m.measurements()
+	if s != nil {
+		signature, err := s.sign(out.PCR0)
+		if err != nil {
+			return nil, err
+		}
+		if err := section(part{SectionSignature, bytes.NewReader(signature)}); err != nil {
+			return nil, err
+		}
+		out.PCR8 = pcr8(s.cert)
+	}
+
+	raw := h.encode()
+	sum := combineCRC(crc32.ChecksumIEEE(raw[:crcOffset]), crc.Sum32(), end-headerSize)
+	binary.BigEndian.PutUint32(raw[crcOffset:], sum)
+	if _, err := w.Seek(start, io.SeekStart); err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(raw); err != nil {
+		return nil, err
+	}
+	if _, err := w.Seek(start+int64(end), io.SeekStart); err != nil {
+		return nil, err
+	}
+	return out, nil
 }
