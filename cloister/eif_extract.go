@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"cloister.dev/cloister/eif"
+)
+
+func newEIFExtract() *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use:   "extract FILE --dir DIR",
+		Short: "Write the sections of an enclave image file to files",
+		Long: `Writes the sections to files of a folder, which is made if need be: kernel, cmdline, metadata.json,
+ramdisk0, ramdisk1, ..., and signature.cbor. The signature is not verified, for which see "cloister eif verify".`,
+		Example: `  cloister eif extract app.eif --dir parts`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if dir == "" {
+				return errors.New("name the folder to write to with --dir")
+			}
+			return failed(extractEIF(cmd.Context(), cmd.OutOrStdout(), args[0], dir))
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", "", "`folder` to write to, empty or not there yet")
+	return cmd
+}
+
+func extractEIF(ctx context.Context, stdout io.Writer, file, dir string) error {
+	r, err := eif.Open(file)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
+		return fmt.Errorf("the folder %s is not empty: name another, so that nothing is mixed", dir)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	ramdisks := 0
+	for _, s := range r.Sections() {
+		name := s.Type.String()
+		switch s.Type {
+		case eif.SectionRamdisk:
+			name += fmt.Sprint(ramdisks)
+			ramdisks++
+		case eif.SectionMetadata:
+			name += ".json"
+		case eif.SectionSignature:
+			name += ".cbor"
+		}
+		name = filepath.Join(dir, name)
+		err := replaceFile(ctx, name, func(w io.WriteSeeker) error {
+			_, err := io.Copy(w, s.Open())
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(stdout, name)
+	}
+	return nil
+}
