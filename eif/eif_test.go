@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"hash"
 	"hash/crc32"
 	"io"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -740,4 +742,42 @@ func FuzzMetadata(f *testing.F) {
 			t.Errorf("%s becomes %s, %v", first, second, err)
 		}
 	})
+}
+
+// frame is a hash that remembers where the stack of its Write was.
+type frame struct {
+	hash.Hash
+	at uintptr
+}
+
+//go:noinline
+func (f *frame) Write(p []byte) (int, error) {
+	var local byte
+	f.at = uintptr(unsafe.Pointer(&local))
+	return len(p) + int(local), nil
+}
+
+// TestWays: what both ways do is the same, on stacks that lie half a cache line apart.
+func TestWays(t *testing.T) {
+	var at [len(ways)]uintptr
+	for i, write := range ways {
+		var f frame
+		if n, err := write(&f, []byte("abc")); n != 3 || err != nil {
+			t.Errorf("way %d: %d, %v", i, n, err)
+		}
+		at[i] = f.at
+	}
+	if diff := (at[0] - at[1]) % (2 * halfLine); diff != halfLine {
+		t.Errorf("the stacks lie %d bytes apart", diff)
+	}
+
+	d, want := newDigest(), sha512.New384()
+	for i := range 2 * trials {
+		p := bytes.Repeat([]byte{byte(i)}, copyBuffer-i%2)
+		d.Write(p)
+		want.Write(p)
+	}
+	if !bytes.Equal(d.Sum(nil), want.Sum(nil)) || d.tried != trials {
+		t.Errorf("after %d trials the digest is another", d.tried)
+	}
 }

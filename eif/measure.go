@@ -4,7 +4,6 @@ import (
 	"crypto/sha512"
 	"encoding/hex"
 	"encoding/json"
-	"hash"
 	"io"
 )
 
@@ -43,13 +42,13 @@ func register(digest []byte) []byte {
 // measurer hashes the sections of an EIF, which come as kernel, command line, ramdisks. The first part
 // of PCR0 is PCR1, so each byte is hashed at most twice, and those of the first ramdisk once.
 type measurer struct {
-	all, rest hash.Hash // for PCR0 and PCR2
-	pcr1      []byte    // digest, once the first ramdisk is done
+	all, rest *digest // for PCR0 and PCR2
+	pcr1      []byte  // digest, once the first ramdisk is done
 	ramdisks  int
 }
 
 func newMeasurer() *measurer {
-	return &measurer{all: sha512.New384(), rest: sha512.New384()}
+	return &measurer{all: newDigest(), rest: newDigest()}
 }
 
 // writers returns where the data of the next section goes.
