@@ -3,6 +3,7 @@
 //	attested_test.go        an unmodified nginx answers from an enclave, and the client says what it verified
 //	mismatch_test.go        a measurement that differs ends the connection before a byte of the request
 //	manifest_test.go        what is measured, and that each replica attests what `cloister measure` says
+//	replicas_test.go        so do replicas that the API server, a LimitRange, EKS, Istio or Linkerd had a hand in, all the same
 //	host_test.go            the host reads nothing, and cannot pass for the enclave
 //	hostvalues_test.go      what the kubelet resolves reaches the workload, where the manifest lists it, and nothing else does
 //	egress_test.go          the workload reaches what its config names, by name, and nothing else
