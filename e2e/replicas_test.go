@@ -214,6 +214,9 @@ func TestReplicas(t *testing.T) {
 					t.Error("the service account's token is inside")
 				}
 			}
+			if name != "plain" {
+				ns.remove(t, name)
+			}
 		})
 	}
 }
