@@ -34,6 +34,14 @@ const (
 	inodeSize = 1024
 )
 
+// maxWindow is the most memory that a zstd frame may ask for: what zstd's own program takes without being
+// told otherwise. RFC 8878 allows 3.75 TB.
+const maxWindow = 128 << 20
+
+// Every entry that stays takes its content and inodeSize of the limit, and in the archive its content and a
+// header or three of 512 bytes. What is longer than this many times the limit is mostly thrown away again.
+const maxArchive = 4
+
 // SpaceError says that an image does not fit. Both figures are in bytes.
 type SpaceError struct {
 	Need  int64 // at least this much
@@ -83,20 +91,43 @@ func (u *Unpacker) layer(r io.Reader, c oci.Compression, through func(io.Reader)
 		}
 		r = z
 	case oci.Zstd:
-		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1))
+		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return fmt.Errorf("read zstd: %w", err)
 		}
 		defer z.Close()
 		r = z
 	}
-	return u.archive(through(r))
+	return u.archive(through(&bounded{r, maxArchive * u.limit}))
+}
+
+// bounded fails where an archive goes on after left bytes: a few compressed bytes can make more than anybody
+// would wait for.
+type bounded struct {
+	r    io.Reader
+	left int64
+}
+
+var errArchive = fmt.Errorf("the layer is more than %d times as long as all that fits into the enclave: raise the memory of the enclave, or make an image without content that is replaced at once", maxArchive)
+
+func (b *bounded) Read(p []byte) (int, error) {
+	if b.left < 0 {
+		return 0, errArchive
+	}
+	// One byte more tells an end from too much.
+	if int64(len(p)) > b.left+1 {
+		p = p[:b.left+1]
+	}
+	n, err := b.r.Read(p)
+	b.left -= int64(n)
+	return n, err
 }
 
 // archive unpacks an uncompressed layer.
 func (u *Unpacker) archive(r io.Reader) error {
-	l := &layer{Unpacker: u, made: map[entryKey]bool{}, kept: map[uint64]bool{}, parent: -1}
+	l := &layer{Unpacker: u, made: map[entryKey]bool{}, kept: map[uint64]bool{}, dirs: map[uint64]dirTime{}, parent: -1}
 	defer l.leave()
+	defer func() { u.used -= l.names }()
 	tr := tar.NewReader(r)
 	for {
 		h, err := tr.Next()
@@ -130,7 +161,9 @@ type layer struct {
 	// made and kept say what this layer has brought: whiteouts remove only what lies in layers below.
 	made map[entryKey]bool
 	kept map[uint64]bool // inodes of directories, all above them included
-	dirs []dirTime
+	dirs map[uint64]dirTime
+	// names is what is taken of the limit for the names in dirs, which can be long.
+	names int64
 
 	// The directory of the last entry, which is often that of the next one; -1 for none. It is stale
 	// after something was removed: its name could lead elsewhere now.
@@ -148,19 +181,18 @@ type entryKey struct {
 // dirTime is set when everything has been put into the directory.
 type dirTime struct {
 	name string
-	ino  uint64
 	time []unix.Timespec
 }
 
 // finish sets the times of the layer's directories.
 func (l *layer) finish() error {
-	for _, d := range l.dirs {
+	for want, d := range l.dirs {
 		fd, err := l.resolve(d.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 		if err != nil {
 			continue // the layer itself has replaced it
 		}
 		ino, err := inode(fd)
-		if err == nil && ino == d.ino {
+		if err == nil && ino == want {
 			err = unix.UtimesNanoAt(fd, ".", d.time, 0)
 		}
 		unix.Close(fd)
@@ -306,6 +338,10 @@ func (l *layer) entry(h *tar.Header, r io.Reader) error {
 	if err != nil {
 		return err
 	}
+	// chown(2) takes 32 bits, of which all ones leave the owner as it is.
+	if min(h.Uid, h.Gid) < 0 || max(h.Uid, h.Gid) >= 1<<32-1 {
+		return fmt.Errorf("the owner %d:%d is out of range", h.Uid, h.Gid)
+	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
 			return errors.New("the root of the image is not a directory")
@@ -445,7 +481,12 @@ func (l *layer) directory(dir int, base string, h *tar.Header) error {
 		name = "."
 	}
 	// Not the descriptor: there can be more directories than descriptors.
-	l.dirs = append(l.dirs, dirTime{name: name, ino: ino, time: timespecs(h)})
+	more := int64(len(name) - len(l.dirs[ino].name))
+	if err := l.take(more); err != nil {
+		return err
+	}
+	l.names += more
+	l.dirs[ino] = dirTime{name: name, time: timespecs(h)}
 	return nil
 }
 

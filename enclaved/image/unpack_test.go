@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -83,6 +84,13 @@ func asIs(r io.Reader) io.Reader { return r }
 // unpack unpacks layers into a new directory next to an outside directory with a file in it.
 func unpack(t testing.TB, limit int64, layers ...[]byte) (root string, err error) {
 	t.Helper()
+	root, _, err = unpackCounted(t, limit, layers...)
+	return root, err
+}
+
+// unpackCounted also returns what the layers have taken of the limit.
+func unpackCounted(t testing.TB, limit int64, layers ...[]byte) (root string, used int64, err error) {
+	t.Helper()
 	needRoot(t)
 	top := t.TempDir()
 	root = filepath.Join(top, "root")
@@ -101,10 +109,10 @@ func unpack(t testing.TB, limit int64, layers ...[]byte) (root string, err error
 	defer u.Close()
 	for _, l := range layers {
 		if err := u.layer(bytes.NewReader(l), oci.Uncompressed, asIs); err != nil {
-			return root, err
+			return root, u.Used(), err
 		}
 	}
-	return root, nil
+	return root, u.Used(), nil
 }
 
 // list describes a tree, one line an entry: type, mode, owner, name and content.
@@ -405,35 +413,234 @@ func FuzzUnpack(f *testing.F) {
 	f.Add(archive(f, symlink("s", "../outside"), file("s/new", "1")))
 	f.Add(archive(f, file("../outside/new", "1"), file("/x/../../y", "1"), hardLink("h", "../outside/secret")))
 	f.Add(archive(f, symlink("a", "/tmp"), symlink("a/b", "x"), file(".wh.a", ""), dir("a"), file("a/.wh.b", "")))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		root, err := unpack(t, 1<<20, b)
-		top, _ := filepath.Split(root)
-		got := list(t, top)
-		outside := 0
-		for _, line := range got {
-			if name := strings.Fields(line)[2]; name != "root" && !strings.HasPrefix(name, "root/") {
-				outside++
+	f.Fuzz(func(t *testing.T, b []byte) { checkUnpack(t, b) })
+}
+
+// FuzzLayers makes layers of its input, so that all of it comes behind the headers' checksums: three bytes an
+// entry, its type, its name and what it links to.
+func FuzzLayers(f *testing.F) {
+	needRoot(f)
+	f.Add([]byte{1, 0x10, 0, 2, 0x20, 0x01, 1, 0x23, 0, 5, 0, 0, 1, 0x50, 0})
+	f.Add([]byte{0, 0x10, 0, 1, 0x12, 0, 3, 0x30, 0x12, 5, 0, 0, 1, 0x61, 0, 3, 0x12, 0x30})
+	f.Add([]byte{2, 0x10, 0x87, 1, 0x17, 0, 3, 0x20, 0x17, 0, 0x17, 0, 1, 0x71, 0})
+	segments := []string{"", "a", "b", "c", ".wh.a", ".wh.b", ".wh..wh..opq", "outside", "..", ".", ".wh.", ".wh...", "secret", "a/b", "../..", "ä b"}
+	name := func(b byte) string { return strings.TrimSuffix(segments[b>>4]+"/"+segments[b&15], "/") }
+	f.Fuzz(func(t *testing.T, program []byte) {
+		if len(program) > 3*200 {
+			return
+		}
+		layers := [][]member{nil}
+		for ; len(program) >= 3; program = program[3:] {
+			kind, n, link := program[0], name(program[1]), name(program[2])
+			m := file(n, strings.Repeat("x", int(kind>>3)*300))
+			switch kind & 7 {
+			case 0:
+				m = dir(n)
+			case 2:
+				m = symlink(n, link)
+			case 3:
+				m = hardLink(n, link)
+			case 4:
+				m = member{tar.Header{Name: n, Typeflag: tar.TypeFifo}, ""}
+			case 5:
+				layers = append(layers, nil)
+				continue
+			case 6:
+				m = symlink(n, "../"+link)
 			}
+			layers[len(layers)-1] = append(layers[len(layers)-1], m)
 		}
-		if outside != 2 || len(list(t, filepath.Join(top, "outside"))) != 1 {
-			t.Errorf("something was made or removed outside the root (%v):\n%s", err, strings.Join(got, "\n"))
+		var archives [][]byte
+		for _, l := range layers {
+			archives = append(archives, archive(t, l...))
 		}
-		// Nothing inside is another name of something outside, or a device.
-		secret, err := os.Stat(filepath.Join(top, "outside", "secret"))
+		checkUnpack(t, archives...)
+	})
+}
+
+// checkUnpack unpacks layers and checks that nothing happens outside of the root, and that all that is inside
+// was counted.
+func checkUnpack(t *testing.T, layers ...[]byte) {
+	root, used, err := unpackCounted(t, 1<<20, layers...)
+	top, _ := filepath.Split(root)
+	got := list(t, top)
+	outside := 0
+	for _, line := range got {
+		if name := strings.Fields(line)[2]; name != "root" && !strings.HasPrefix(name, "root/") {
+			outside++
+		}
+	}
+	if outside != 2 || len(list(t, filepath.Join(top, "outside"))) != 1 {
+		t.Errorf("something was made or removed outside the root (%v):\n%s", err, strings.Join(got, "\n"))
+	}
+	// Nothing inside is another name of something outside, or a device.
+	secret, statErr := os.Stat(filepath.Join(top, "outside", "secret"))
+	if statErr != nil {
+		t.Fatal(statErr)
+	}
+	var want int64
+	seen := map[uint64]bool{}
+	filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			t.Fatal(err)
 		}
-		filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+		if d.Type()&fs.ModeDevice != 0 {
+			t.Errorf("%s is a device", p)
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil {
+			t.Fatal(err)
+		}
+		if i, err := os.Lstat(p); err == nil && os.SameFile(i, secret) {
+			t.Errorf("%s is a file from outside", p)
+		}
+		if p != root {
+			want += inodeSize
+			if d.Type().IsRegular() && !seen[st.Ino] {
+				want += content(st.Size)
+			}
+			seen[st.Ino] = true
+		}
+		return nil
+	})
+	if err == nil && used != want {
+		t.Errorf("%d bytes were counted, want %d:\n%s", used, want, strings.Join(got, "\n"))
+	}
+}
+
+// TestBombs: what is short and would become long is refused before it costs time or memory.
+func TestBombs(t *testing.T) {
+	needRoot(t)
+	const limit = 1 << 20
+	zeros := func(n int64, before []byte) []byte {
+		var b bytes.Buffer
+		w, err := zstd.NewWriter(&b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Write(before)
+		if _, err := io.CopyN(w, zero{}, n); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	header := func(h tar.Header) []byte {
+		var b bytes.Buffer
+		h.Mode, h.ModTime = 0o644, then
+		if err := tar.NewWriter(&b).WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	var again, names []member
+	for range 2000 {
+		again = append(again, file("a", strings.Repeat("x", 10_000)))
+	}
+	long := strings.Repeat(strings.Repeat("d", 200)+"/", 15)
+	for i := range 300 {
+		names = append(names, dir(fmt.Sprint(long, i)))
+	}
+	owner := file("a", "1")
+	owner.Uid = 1 << 32
+	noOwner := file("a", "1")
+	noOwner.Gid = 1<<32 - 1
+	tests := map[string]struct {
+		compression oci.Compression
+		layer       []byte
+		want        string
+	}{
+		"zeros after the end":        {oci.Zstd, zeros(256<<20, archive(t, file("a", "1"))), "times as long as"},
+		"a whiteout with content":    {oci.Zstd, zeros(256<<20, header(tar.Header{Name: ".wh.a", Typeflag: tar.TypeReg, Size: 256 << 20})), "times as long as"},
+		"one name again and again":   {oci.Uncompressed, archive(t, again...), "times as long as"},
+		"a file beyond the limit":    {oci.Zstd, zeros(256<<20, header(tar.Header{Name: "a", Typeflag: tar.TypeReg, Size: 256 << 20})), "needs at least"},
+		"a file of nearly 2^63":      {oci.Uncompressed, header(tar.Header{Name: "a", Typeflag: tar.TypeReg, Size: 1<<63 - 1, Format: tar.FormatGNU}), "out of range"},
+		"a sparse file of 1 TiB":     {oci.Uncompressed, sparse(t, 1<<40), "needs at least"},
+		"a PAX header of 2 MiB":      {oci.Uncompressed, pax(t, 2<<20), "header field too long"},
+		"names longer than contents": {oci.Uncompressed, archive(t, names...), "needs at least"},
+		// RFC 8878, section 3.1.1.1: magic number, no flag set, a window of 2^29 bytes.
+		"a window of 512 MiB":  {oci.Zstd, []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 19 << 3, 1, 0, 0}, "window size exceeded"},
+		"an owner beyond 2^32": {oci.Uncompressed, archive(t, owner), "the owner 4294967296:0 is out of range"},
+		"an owner that is -1":  {oci.Uncompressed, archive(t, noOwner), "the owner 0:4294967295 is out of range"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			u, err := NewUnpacker(t.TempDir(), limit)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d.Type()&fs.ModeDevice != 0 {
-				t.Errorf("%s is a device", p)
+			defer u.Close()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			err = u.layer(bytes.NewReader(tt.layer), tt.compression, asIs)
+			runtime.ReadMemStats(&after)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
 			}
-			if i, err := os.Lstat(p); err == nil && os.SameFile(i, secret) {
-				t.Errorf("%s is a file from outside", p)
+			// All that was ever allocated, most of it by the decoder.
+			if n := after.TotalAlloc - before.TotalAlloc; n > 32<<20 {
+				t.Errorf("it took %d bytes", n)
 			}
-			return nil
 		})
-	})
+	}
+}
+
+type zero struct{}
+
+func (zero) Read(b []byte) (int, error) {
+	clear(b)
+	return len(b), nil
+}
+
+// pax is an archive of one extended header with a record of n bytes.
+func pax(t *testing.T, n int) []byte {
+	t.Helper()
+	record := " comment=" + strings.Repeat("x", n) + "\n"
+	record = fmt.Sprint(len(record)+len(fmt.Sprint(len(record)+7))) + record
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := w.WriteHeader(&tar.Header{Name: "x", Typeflag: tar.TypeReg, Size: int64(len(record))}); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(w, record)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return retype(b.Bytes(), 'x')
+}
+
+// sparse is an archive of a PAX sparse file of n bytes, all of them a hole (GNU tar's format 0.1).
+func sparse(t *testing.T, n int64) []byte {
+	t.Helper()
+	var records string
+	for _, r := range []string{"GNU.sparse.major=0", "GNU.sparse.minor=1", "GNU.sparse.name=a", fmt.Sprintf("GNU.sparse.size=%d", n), "GNU.sparse.numblocks=1", fmt.Sprintf("GNU.sparse.map=%d,0", n)} {
+		records += fmt.Sprintf("%d %s\n", len(r)+4, r)
+	}
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := w.WriteHeader(&tar.Header{Name: "x", Typeflag: tar.TypeReg, Size: int64(len(records))}); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(w, records)
+	if err := w.WriteHeader(&tar.Header{Name: "a", Typeflag: tar.TypeReg, Format: tar.FormatUSTAR}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return retype(b.Bytes(), 'x')
+}
+
+// retype changes the type of the first entry, and the checksum with it.
+func retype(b []byte, typeflag byte) []byte {
+	b[156] = typeflag
+	copy(b[148:156], "        ")
+	sum := 0
+	for _, c := range b[:512] {
+		sum += int(c)
+	}
+	copy(b[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	return b
 }
