@@ -653,7 +653,7 @@ var reasons = []struct {
 		func(_ *snapshot, _ *corev1.Namespace, p *corev1.Pod) bool {
 			return p.Annotations[corev1.MirrorPodAnnotationKey] != ""
 		},
-		"static pods of namespace %s run in the open, whatever the API shows of them: the kubelet reads them from files of its node and asks no webhook",
+		"static pods of namespace %s run in the open, whatever the API shows of them: the kubelet runs them from files of its node, whatever a webhook says",
 		"make Deployments or DaemonSets of them in namespace %s",
 	},
 	{

@@ -16,6 +16,8 @@ import (
 	"cloister.dev/cloister/webhook/inject"
 )
 
+var errNoReference = errors.New("it is neither NAME[:TAG] nor NAME[:TAG]@sha256: and 64 hexadecimal digits: write one of them, the first is then pinned")
+
 type pin struct {
 	file string
 	tags
@@ -74,11 +76,18 @@ func (p *pin) run(ctx context.Context, resolve inject.Resolver, stdin io.Reader,
 				return fmt.Errorf("%s: %s %s: %w", p.file, t.Kind, t.Name, err)
 			}
 			i, tagged := inject.Tagged(&template.ObjectMeta, &template.Spec)
-			if !tagged {
+			if i < 0 {
 				continue
 			}
 			image := template.Spec.Containers[i].Image
-			pinned, err := resolve(ctx, image)
+			if inject.HasDigest(image) {
+				continue
+			}
+			var pinned string
+			err = errNoReference
+			if tagged {
+				pinned, err = resolve(ctx, image)
+			}
 			if err == nil {
 				err = splice(lines, find(nodes[n], t.At+"/spec/containers/"+strconv.Itoa(i)+"/image"), image, pinned)
 			}

@@ -74,10 +74,11 @@ items:
             image: 'IMAGE'  # bump with care
 - {"kind": "Job", "spec": {"template": {"metadata": {"annotations": {"cloister.dev/enclave": "c"}}, "spec": {"containers": [{"image": "IMAGE", "name": "c"}]}}}}
 - kind: Job
-  spec: {template: {metadata: {annotations: {cloister.dev/enclave: d}}, spec: {containers: [{name: d, image: x@sha256:12}]}}}
+  spec: {template: {metadata: {annotations: {cloister.dev/enclave: d}}, spec: {containers: [{name: d, image: x@DIGEST}]}}}
 ---
 kind: Pod
 spec: {containers: [{name: a, image: IMAGE}]}`
+	file = strings.ReplaceAll(file, "DIGEST", digest)
 	in := strings.ReplaceAll(file, "IMAGE", image)
 	r := call(t, in, "pin", "-f", "-", plainLocal)
 	r.want(t, 0, "-: Pod é: "+image+"@"+digest, "-: Deployment d: ", "-: Job : ")
@@ -109,6 +110,10 @@ func TestPinRefuses(t *testing.T) {
 		"no YAML":      {in: "a: [", code: 1, want: "read YAML document 1"},
 		"no such tag":  {in: strings.Replace(pod, "IMAGE", image+"3", 1), code: 1, want: "-: Pod p: image " + image + "3: its tag cannot be resolved"},
 		"one of two":   {in: strings.Replace(pod, "IMAGE", image, 1) + "---\n" + strings.Replace(pod, "IMAGE", image+"3", 1), code: 1, want: "nothing was pinned"},
+		"nonsense":     {in: strings.Replace(pod, "IMAGE", image+"@NONSENSE", 1), code: 1, want: "-: Pod p: image " + image + "@NONSENSE: it is neither NAME[:TAG] nor"},
+		"half digest":  {in: strings.Replace(pod, "IMAGE", image+"@sha256:12", 1), code: 1, want: "it is neither"},
+		"space":        {in: strings.Replace(pod, "IMAGE", "'a b'", 1), code: 1, want: "it is neither"},
+		"no image":     {in: strings.Replace(pod, "IMAGE", "''", 1), code: 1, want: "it is neither"},
 		"anchor":       {in: strings.Replace(pod, "IMAGE", "&i "+image, 1), code: 1, want: "line 3: write it out"},
 		"alias":        {in: "x: &i " + image + "\n" + strings.Replace(pod, "IMAGE", "*i", 1), code: 1, want: "write it out where it is used"},
 		"merge":        {in: "x: &i {image: " + image + "}\n" + strings.Replace(pod, "image: IMAGE", "<<: *i", 1), code: 1, want: "write it out where it is used"},

@@ -25,7 +25,7 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	p := &problems{}
 	values, errs := annotation.Read(meta.Annotations, annotationsPath)
 	p.list = errs
-	p.checkPod(spec)
+	p.checkPod(meta, spec)
 
 	inits := initContainersPath
 	boot, side := one(spec.InitContainers, Initboot), one(spec.InitContainers, Sidecar)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -105,4 +106,28 @@ func change(t *testing.T, pod []byte, f func(container map[string]any)) []byte {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// TestManyUnknownFields: a field of a probe or hook is found behind more unknown fields than a decoder lists.
+func TestManyUnknownFields(t *testing.T) {
+	pod := readPod(t, "testdata/hooks-and-stop-signal/input.yaml")
+	for _, action := range []string{"startupProbe", "livenessProbe", "readinessProbe", "lifecycle"} {
+		for _, many := range []int{0, 99, 100, 200} {
+			of := change(t, pod, func(c map[string]any) {
+				for i := range many {
+					c[fmt.Sprintf("aField%d", i)] = 1.0 // before all others, as Go writes objects
+				}
+				known := map[string]any{"exec": map[string]any{"command": []any{"true"}}}
+				if action == "lifecycle" {
+					known = map[string]any{"preStop": known}
+				}
+				known["aFieldOfAnotherVersion"] = 1.0
+				c[action] = known
+			})
+			_, _, errs := Patch(of, testOptions)
+			if len(errs) != 1 || !strings.Contains(errs[0].Detail, `unknown field "`+action+`.aFieldOfAnotherVersion"`) {
+				t.Errorf("%s behind %d others: %v", action, many, errs)
+			}
+		}
+	}
 }

@@ -50,7 +50,7 @@ func decide(ctx context.Context, meta *metav1.ObjectMeta, spec *corev1.PodSpec, 
 	p := &problems{}
 	values, errs := annotation.Read(meta.Annotations, annotationsPath)
 	p.list = errs
-	p.checkPod(spec)
+	p.checkPod(meta, spec)
 	p.checkReserved(spec)
 
 	d := &decision{index: -1, config: values.Config}

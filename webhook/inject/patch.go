@@ -63,7 +63,11 @@ func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver
 		}
 		errs = append(errs, unknownVolumes(pod, spec, i)...)
 		if len(unknown[i]) > 0 {
-			errs = append(errs, unknownActions(unknown[i], containersPath.Index(i))...)
+			known, err := unknownActions(raw[i], containersPath.Index(i))
+			if err != nil {
+				return nil, nil, undecodable(err)
+			}
+			errs = append(errs, known...)
 		}
 	}
 	asRoot := false

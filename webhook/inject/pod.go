@@ -5,6 +5,7 @@ import (
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"cloister.dev/cloister/internal/podenv"
@@ -15,7 +16,10 @@ import (
 const unprivilegedPorts = "net.ipv4.ip_unprivileged_port_start"
 
 // checkPod refuses what stands outside of the containers. It holds in every pass.
-func (p *problems) checkPod(spec *corev1.PodSpec) {
+func (p *problems) checkPod(meta *metav1.ObjectMeta, spec *corev1.PodSpec) {
+	if _, static := meta.Annotations[corev1.MirrorPodAnnotationKey]; static {
+		p.forbid(annotationsPath.Key(corev1.MirrorPodAnnotationKey), "the pod is static: its kubelet runs it from a file of the node, in the open, whatever is decided here: take the file away and make a Deployment or DaemonSet of it")
+	}
 	for _, host := range []struct {
 		name string
 		set  bool

@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path"
@@ -172,18 +173,43 @@ func (p *problems) terminationMessage(cp *field.Path, c *corev1.Container) strin
 }
 
 // unknownActions refuses fields of the named container's probes and hooks that this version does not know:
-// the console's take their place, so they would be lost.
-func unknownActions(unknown []error, cp *field.Path) field.ErrorList {
+// the console's take their place, so they would be lost. Each is decoded by itself, since a decoder lists only
+// the first hundred fields that it does not know.
+func unknownActions(container json.RawMessage, cp *field.Path) (field.ErrorList, error) {
+	var actions struct {
+		StartupProbe   json.RawMessage `json:"startupProbe"`
+		LivenessProbe  json.RawMessage `json:"livenessProbe"`
+		ReadinessProbe json.RawMessage `json:"readinessProbe"`
+		Lifecycle      json.RawMessage `json:"lifecycle"`
+	}
+	if err := decode(container, &actions); err != nil {
+		return nil, err
+	}
 	p := &problems{}
-	for _, err := range unknown {
-		var at kjson.FieldError
-		if !errors.As(err, &at) {
+	for _, a := range []struct {
+		name string
+		raw  json.RawMessage
+		into any
+	}{
+		{"startupProbe", actions.StartupProbe, &corev1.Probe{}},
+		{"livenessProbe", actions.LivenessProbe, &corev1.Probe{}},
+		{"readinessProbe", actions.ReadinessProbe, &corev1.Probe{}},
+		{"lifecycle", actions.Lifecycle, &corev1.Lifecycle{}},
+	} {
+		if a.raw == nil {
 			continue
 		}
-		switch name, _, _ := strings.Cut(at.FieldPath(), "."); name {
-		case "startupProbe", "livenessProbe", "readinessProbe", "lifecycle":
-			p.forbid(cp.Child(name), fmt.Sprintf("this version does not know all of it (%v), so the enclave could not honour it: remove that", err))
+		unknown, err := kjson.UnmarshalStrict(a.raw, a.into, kjson.DisallowUnknownFields)
+		if err != nil {
+			return nil, err
+		}
+		for _, err := range unknown {
+			var at kjson.FieldError
+			if errors.As(err, &at) {
+				at.SetFieldPath(a.name + "." + at.FieldPath())
+			}
+			p.forbid(cp.Child(a.name), fmt.Sprintf("this version does not know all of it (%v), so the enclave could not honour it: remove that", err))
 		}
 	}
-	return p.list
+	return p.list, nil
 }

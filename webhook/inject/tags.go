@@ -31,16 +31,19 @@ func DeriveTagged(ctx context.Context, meta *metav1.ObjectMeta, spec *corev1.Pod
 	return d.manifest, d.image, d.warnings, nil
 }
 
-// Tagged returns the index in spec.containers of the container that runs in an enclave, if its image has
-// a tag, or neither tag nor digest.
+// Tagged returns the index in spec.containers of the container that runs in an enclave, or less than 0, and
+// whether its image has a tag, or neither tag nor digest.
 func Tagged(meta *metav1.ObjectMeta, spec *corev1.PodSpec) (int, bool) {
 	name := meta.Annotations[annotation.Enclave]
 	if name == "" {
-		return 0, false
+		return -1, false
 	}
 	i := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
 	return i, i >= 0 && isTag(spec.Containers[i].Image)
 }
+
+// HasDigest tells whether an image is named NAME[:TAG]@sha256:… in full.
+func HasDigest(image string) bool { return config.Digest(image) != "" }
 
 func isTag(image string) bool { return image != "" && !strings.ContainsAny(image, "@ \t\r\n") }
 
