@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	fxcbor "github.com/fxamacker/cbor/v2"
 	"github.com/google/go-cmp/cmp"
 
 	"cloister.dev/cloister/internal/cbor"
@@ -480,8 +481,13 @@ func FuzzVerify(f *testing.F) {
 	other.templates[0].Subject.CommonName = "other" // refused by name, so fuzzing does not wait for P-384
 	other.issue(f)
 	stranger := other.root
+	decoder, err := fxcbor.DecOptions{FieldNameMatching: fxcbor.FieldNameMatchingCaseSensitive}.DecMode()
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, doc []byte) {
-		d, err := ParseUnverified(doc)
+		in := bytes.Clone(doc)
+		env, d, err := parse(doc)
 		if err != nil {
 			var e *Error
 			if !errors.As(err, &e) || e.Rule != RuleFormat {
@@ -494,8 +500,35 @@ func FuzzVerify(f *testing.F) {
 				t.Errorf("PCR%d has %d bytes", index, len(value))
 			}
 		}
+		// A complete decoder reads the same.
+		if err := fxcbor.Wellformed(doc); err != nil {
+			t.Errorf("accepted, but not well-formed: %v", err)
+		}
+		var other struct {
+			ModuleID    string          `cbor:"module_id"`
+			Timestamp   int64           `cbor:"timestamp"`
+			PCRs        map[uint][]byte `cbor:"pcrs"`
+			Certificate []byte          `cbor:"certificate"`
+			CABundle    [][]byte        `cbor:"cabundle"`
+			PublicKey   []byte          `cbor:"public_key"`
+			UserData    []byte          `cbor:"user_data"`
+			Nonce       []byte          `cbor:"nonce"`
+		}
+		if err := decoder.Unmarshal(env.payload, &other); err != nil {
+			t.Fatalf("accepted, but another decoder says: %v", err)
+		}
+		want := &Document{
+			ModuleID: other.ModuleID, Digest: "SHA384", Timestamp: time.UnixMilli(other.Timestamp).UTC(), PCRs: other.PCRs,
+			Certificate: other.Certificate, CABundle: other.CABundle, PublicKey: other.PublicKey, UserData: other.UserData, Nonce: other.Nonce,
+		}
+		if diff := cmp.Diff(want, d); diff != "" {
+			t.Errorf("read otherwise than another decoder does (-it +got):\n%s", diff)
+		}
 		if _, err := Verify(doc, Options{Root: stranger, Now: d.Timestamp, AllowDebug: true}); err == nil {
 			t.Error("verified below a root that signed nothing")
+		}
+		if !bytes.Equal(in, doc) {
+			t.Error("the input was changed")
 		}
 	})
 }

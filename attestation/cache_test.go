@@ -154,6 +154,29 @@ func TestCacheEndsWithTheChain(t *testing.T) {
 	}
 }
 
+// Nor longer than the certificate itself is valid.
+func TestCacheEndsWithTheCertificate(t *testing.T) {
+	e := newEnclave(t)
+	v := e.verifier(t)
+	der, err := NewCertificate(e.key, e.document(t, UserDataServer), testTime.Add(2*Skew), testTime.Add(3*Skew))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.opts.MaxAge = time.Hour
+	server := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: e.key}}}
+	for _, tc := range []struct {
+		at   time.Duration
+		rule Rule
+	}{{at: 3 * Skew}, {at: 4 * Skew}, {at: 4*Skew + time.Second, rule: RuleCertificate}, {at: Skew}, {at: Skew - time.Second, rule: RuleCertificate}} {
+		_, _, err := handshake(t, v.ClientConfig(&tls.Config{Time: at(testTime.Add(tc.at))}), server)
+		if tc.rule != "" {
+			wantRule(t, err, tc.rule, "the certificate is valid from")
+		} else if err != nil {
+			t.Errorf("%s later: %v", tc.at, err)
+		}
+	}
+}
+
 func TestCacheBound(t *testing.T) {
 	digest := func(i int) [sha256.Size]byte { return sha256.Sum256([]byte{byte(i), byte(i >> 8)}) }
 	var c cache[int]

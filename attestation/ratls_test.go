@@ -401,6 +401,21 @@ func TestUnwrapRefuses(t *testing.T) {
 	}
 }
 
+// FuzzUnwrap reads extensions of strangers' certificates.
+func FuzzUnwrap(f *testing.F) {
+	record := cbor.AppendUint(cbor.AppendBytes(cbor.AppendText(cbor.AppendArray(nil, 3), MediaType), []byte("doc")), cmwEvidence)
+	value, err := asn1.Marshal(record)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(value)
+	f.Fuzz(func(t *testing.T, value []byte) {
+		if doc, err := unwrap(value); err == nil && !bytes.Contains(value, doc) {
+			t.Errorf("the document %x is not in the extension", doc)
+		}
+	})
+}
+
 // BenchmarkConnection measures what the verification adds to a handshake: cold, with the whole
 // chain, and cached.
 func BenchmarkConnection(b *testing.B) {

@@ -91,6 +91,7 @@ func TestAttestationVerify(t *testing.T) {
 		"--nonce no hex":    {args: []string{doc, "--nonce", "xyz"}, code: 2, stderr: "--nonce takes one or more bytes in hexadecimal"},
 		"--nonce empty":     {args: []string{doc, "--nonce", ""}, code: 2, stderr: "--nonce takes one or more bytes in hexadecimal"},
 		"--max-age 0":       {args: []string{doc, "--max-age", "0s"}, code: 2, stderr: "--max-age 0s accepts no document"},
+		"--key of nothing":  {args: []string{doc, "--key", root}, code: 2, stderr: "name them with --measurements"},
 		"-o yaml":           {args: []string{doc, "-o", "yaml"}, code: 2, stderr: "write text or json"},
 		"an unknown option": {args: []string{doc, "--insecure"}, code: 2, stderr: "unknown flag"},
 	}

@@ -42,6 +42,9 @@ func (r *rules) check() error {
 	if r.maxAge <= 0 {
 		return fmt.Errorf("--max-age %s accepts no document: write more than 0", r.maxAge)
 	}
+	if r.key != "" && len(r.measurements) == 0 {
+		return errors.New("--key is of measurement sets: name them with --measurements")
+	}
 	return nil
 }
 
