@@ -46,11 +46,15 @@ const (
 	RunDir     = "/run/cloister"         // of all three: initboot's sockets
 	CacheDir   = "/var/cache/cloister"   // of initboot: image content
 	SidecarDir = "/run/cloister-sidecar" // of the sidecar: Envoy's files and sockets
+	EIFDir     = "/run/cloister-eif"     // of initboot: the image that holds a sealed EIF
 
 	// PullSecretsDir, of initboot, has a folder for each of the pod's imagePullSecrets, whose name is its
 	// place in their list, with a file .dockerconfigjson or .dockercfg.
 	PullSecretsDir = "/run/cloister-pull-secrets"
 )
+
+// EIFName is the one file in an image that holds an EIF.
+const EIFName = "enclave.eif"
 
 // NitroOverhead is what a Nitro enclave gets of huge pages beyond EnvMemory, in bytes: kernel, /init and the
 // base EIF itself, which is loaded into the enclave's own memory.

@@ -39,6 +39,9 @@ type EnclaveConfig struct {
 	Memory int64
 	// CPUs is the number of the enclave's vCPUs; 0 means what the container asks for.
 	CPUs int64
+	// EIF is the reference of a sealed EIF's image, with a digest; empty for the installation's base EIF. It is no
+	// part of the manifest, which the EIF holds.
+	EIF string
 	// Ports say how containerPorts are served. One that is not listed is served as HTTP over TLS.
 	Ports []Port
 	// Egress lists what the workload may connect to, as workload.Manifest has it.
@@ -110,6 +113,10 @@ var configTable = table[EnclaveConfig]{rows: []row[EnclaveConfig]{
 		Sentence: "What the workload may reach. Everything else does not resolve.",
 	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.Egress = r.egress(p, raw) }},
 	{Field{
+		Key: "eif", Type: "`name@sha256:…`", Default: "the base EIF of the installation", Schema: text,
+		Sentence: "The enclave image that `cloister build` has sealed for this pod and `cloister eif push` has pushed ([sealed.md](sealed.md)).",
+	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.EIF = r.eif(p, raw) }},
+	{Field{
 		Key: "hostEnv", Type: "list of names", Measured: true, Schema: listOf(text),
 		Sentence: "Variables that the host may supply although they are refused otherwise, such as `PATH`.",
 	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.HostEnv = r.hostEnv(p, raw) }},
@@ -156,7 +163,6 @@ var configTable = table[EnclaveConfig]{rows: []row[EnclaveConfig]{
 		Sentence: "The certificate for clients that do not ask for the attested one: made in the enclave, or that of `kms.certificate`.",
 	}, func(r *reader, p *field.Path, raw json.RawMessage, c *EnclaveConfig) { c.TLS = r.tls(p, raw) }},
 	{Field: Field{Key: "debug"}},
-	{Field: Field{Key: "eif"}},
 	{Field: Field{Key: "nsm"}},
 }}
 
@@ -309,6 +315,14 @@ func (r *reader) choice(p *field.Path, raw json.RawMessage, values ...string) st
 		r.errs = append(r.errs, field.NotSupported(p, got, values))
 	}
 	return got
+}
+
+// eif reads the reference of an enclave image.
+func (r *reader) eif(p *field.Path, raw json.RawMessage) (reference string) {
+	if r.value(p, raw, &reference, "an image reference") && Digest(reference) == "" {
+		r.errs = append(r.errs, field.Invalid(p, reference, "it must always be the same enclave image: name it by digest, as in registry/name@sha256:…, which `cloister eif push` prints"))
+	}
+	return reference
 }
 
 // egress reads a list of host:port in any order and case.

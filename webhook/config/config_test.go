@@ -12,6 +12,8 @@ import (
 
 const head = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n"
 
+var digits = strings.Repeat("ab", 32)
+
 func TestParse(t *testing.T) {
 	for name, tc := range map[string]struct {
 		doc  string
@@ -33,9 +35,14 @@ func TestParse(t *testing.T) {
 		"wrong apiVersion":     {doc: "apiVersion: v1\nkind: EnclaveConfig", errs: `supported values: "cloister.dev/v1alpha1"`},
 		"misspelt":             {doc: head + "memmory: 1Gi", errs: `did you mean "memory"?`},
 		"other case":           {doc: head + "Memory: 1Gi", errs: `config.Memory: Forbidden: there is no such field, did you mean "memory"?`},
-		"far from all":         {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, hostEnv, hostFiles, kms, logs, pin, plugins, secrets, serviceAccountToken, tls"},
+		"far from all":         {doc: head + "replicas: 1", errs: "known are apiVersion, kind, memory, cpus, ports, egress, eif, hostEnv, hostFiles, kms, logs, pin, plugins, secrets, serviceAccountToken, tls"},
 		"near what is not":     {doc: head + "debugs: true", errs: "there is no such field, known are apiVersion"},
-		"not built":            {doc: head + "eif: x", errs: "config.eif: Forbidden: this setting is not built yet"},
+		"not built":            {doc: head + "nsm: true", errs: "config.nsm: Forbidden: this setting is not built yet"},
+		"eif":                  {doc: head + "eif: r.example:5000/app:1@sha256:" + digits, want: &EnclaveConfig{EIF: "r.example:5000/app:1@sha256:" + digits}},
+		"eif by tag":           {doc: head + "eif: r.example/app:1", errs: "which `cloister eif push` prints"},
+		"eif by another hash":  {doc: head + "eif: r.example/app@sha512:" + digits, errs: "which `cloister eif push` prints"},
+		"eif of nothing":       {doc: head + "eif: ''", errs: "which `cloister eif push` prints"},
+		"eif is a list":        {doc: head + "eif: []", errs: "config.eif: Invalid value: write an image reference"},
 		"egress":               {doc: head + "egress: ['b.example:443', 'A.example:443', '10.0.0.1:80', '[2001:DB8::1]:80']", want: &EnclaveConfig{Egress: []string{"10.0.0.1:80", "[2001:db8::1]:80", "a.example:443", "b.example:443"}}},
 		"no egress":            {doc: head + "egress: []", want: &EnclaveConfig{}},
 		"egress twice":         {doc: head + "egress: ['a:1', 'A:1']", errs: "config.egress[1]: Duplicate value"},

@@ -54,7 +54,8 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 	if opts.Driver == DriverNitro {
 		cpus = p.readCPUs(inits.Index(boot), &spec.InitContainers[boot], m)
 	}
-	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, pluginImages, memory, cpus))
+	eif := injectedEIF(spec)
+	p.compare(inits.Index(boot), &spec.InitContainers[boot], initboot(opts, m, canonical, image, eif, pluginImages, memory, cpus))
 	p.compare(inits.Index(side), &spec.InitContainers[side], sidecar(opts, m))
 
 	c, cp := &spec.Containers[index], containersPath.Index(index)
@@ -68,11 +69,11 @@ func again(meta *metav1.ObjectMeta, spec *corev1.PodSpec, opts Options) ([]Op, f
 		console.Command = c.Command
 	}
 	p.compare(cp, p.compareHost(cp, c, m), console)
-	p.compareVolumes(spec, c)
+	p.compareVolumes(spec, c, eif)
 	ops = append(ops, p.pullSecretsAgain(spec, boot)...)
 	p.list = append(p.list, checkLevel(opts, isRoot(c))...)
 	if len(errs) == 0 {
-		p.compareConfig(values.Config, spec, c, m, memory, cpus)
+		p.compareConfig(values.Config, spec, c, m, eif, memory, cpus)
 	}
 	if want := measurements(canonical); values.Measurements != want {
 		p.forbid(annotationsPath.Key(annotation.Measurements), "it is not what the injected manifest measures to")
@@ -182,8 +183,8 @@ func (p *problems) compare(path *field.Path, have *corev1.Container, want corev1
 
 // compareVolumes reports volumes of ours that are missing or different, and containers of others that
 // mount them.
-func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Container) {
-	for _, want := range volumes {
+func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Container, eif string) {
+	for _, want := range volumesOf(eif) {
 		have := volume(spec, want.Name)
 		if have == nil {
 			p.forbid(specPath.Child("volumes"), fmt.Sprintf("volume %s, which was injected, is gone", want.Name))
@@ -221,13 +222,16 @@ func (p *problems) compareVolumes(spec *corev1.PodSpec, console *corev1.Containe
 }
 
 // compareConfig reports a config that was changed after the manifest was made from it.
-func (p *problems) compareConfig(cfg *config.EnclaveConfig, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, memory, cpus int64) {
+func (p *problems) compareConfig(cfg *config.EnclaveConfig, spec *corev1.PodSpec, c *corev1.Container, m *workload.Manifest, eif string, memory, cpus int64) {
 	at := annotationsPath.Key(annotation.Config)
 	if cfg.Memory != 0 && cfg.Memory != memory {
 		p.forbid(at.Child("memory"), "it is not what was injected")
 	}
 	if cpus != 0 && cfg.CPUs != 0 && fullCores(m, cfg.CPUs) != cpus {
 		p.forbid(at.Child("cpus"), "it is not what was injected")
+	}
+	if cfg.EIF != eif {
+		p.forbid(at.Child("eif"), "it is not what was injected")
 	}
 	if !slices.Equal(cfg.Egress, m.Egress) {
 		p.forbid(at.Child("egress"), "it is not what was injected")

@@ -367,3 +367,53 @@ func TestSecondPassOfEgress(t *testing.T) {
 		})
 	}
 }
+
+// TestSecondPassOfEIF: the enclave boots from what the config names, and from nothing else.
+func TestSecondPassOfEIF(t *testing.T) {
+	other := "spy.example/eif@sha256:" + strings.Repeat("ef", 32)
+	eifVolume := func(p *corev1.Pod) *corev1.Volume {
+		i := slices.IndexFunc(p.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == volumeEIF })
+		return &p.Spec.Volumes[i]
+	}
+	withoutConfig := func(p *corev1.Pod) {
+		p.Annotations[annotation.Config] = "apiVersion: cloister.dev/v1alpha1\nkind: EnclaveConfig\n"
+	}
+	for name, tc := range map[string]struct {
+		pod    string
+		change func(p *corev1.Pod)
+		denied string
+	}{
+		"nothing":       {"sealed", func(*corev1.Pod) {}, ""},
+		"another image": {"sealed", func(p *corev1.Pod) { eifVolume(p).Image.Reference = other }, "config].eif: Forbidden: it is not what was injected"},
+		"pulled always": {"sealed", func(p *corev1.Pod) { eifVolume(p).Image.PullPolicy = corev1.PullAlways }, "volume cloister-eif is not what is injected"},
+		"config lost":   {"sealed", withoutConfig, "config].eif: Forbidden: it is not what was injected"},
+		"no image": {"sealed", func(p *corev1.Pod) {
+			eifVolume(p).VolumeSource = corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}
+		}, "spec.initContainers[0].command"},
+		"mount lost":     {"sealed", func(p *corev1.Pod) { m := p.Spec.InitContainers[0].VolumeMounts; m[3] = m[4] }, "the mount of cloister-eif at /run/cloister-eif, which was injected, is gone"},
+		"writable mount": {"sealed", func(p *corev1.Pod) { p.Spec.InitContainers[0].VolumeMounts[3].ReadOnly = false }, "the mount of cloister-eif"},
+		"another file":   {"sealed", func(p *corev1.Pod) { p.Spec.InitContainers[0].Command[3] = "--eif=/base.eif" }, "spec.initContainers[0].command"},
+		"base EIF": {"sealed", func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Command = p.Spec.InitContainers[0].Command[:3]
+			p.Spec.Volumes = slices.DeleteFunc(p.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == volumeEIF })
+		}, "config].eif: Forbidden: it is not what was injected"},
+		"one that nobody asked for": {"smallest-pod", func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Command = append(p.Spec.InitContainers[0].Command, "--eif=/run/cloister-eif/enclave.eif")
+			p.Spec.InitContainers[0].VolumeMounts = append(p.Spec.InitContainers[0].VolumeMounts, mountEIF)
+			p.Spec.Volumes = append(p.Spec.Volumes, *volumesOf(other)[len(volumes)])
+		}, "config].eif: Forbidden: it is not what was injected"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod := injectedPod(t, tc.pod)
+			tc.change(pod)
+			data, err := json.Marshal(pod)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ops, _, errs := Patch(data, testOptions)
+			if got := sentences(errs); (got == "") != (tc.denied == "") || !strings.Contains(got, tc.denied) || len(ops) > 0 {
+				t.Errorf("operations %v, errors %q; want %q", ops, got, tc.denied)
+			}
+		})
+	}
+}

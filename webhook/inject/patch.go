@@ -85,7 +85,7 @@ func PatchTagged(ctx context.Context, pod []byte, opts Options, resolve Resolver
 
 	ops = make([]Op, 0, 32)
 	ops = append(ops, add(MeasurementsPath, measured))
-	ops = volumeOps(ops, spec)
+	ops = volumeOps(ops, spec, d.config.EIF)
 	ops = initOps(ops, spec, d, opts)
 	if lowestPort(d.manifest) < 1024 && !hasPortStart(spec) {
 		ops = append(ops, sysctlOp(spec))
@@ -106,8 +106,8 @@ func add(path string, value any) Op { return Op{Op: "add", Path: path, Value: va
 // MeasurementsPath is where a patch writes what the pod measures to.
 var MeasurementsPath = "/metadata/annotations/" + strings.ReplaceAll(annotation.Measurements, "/", "~1")
 
-func volumeOps(ops []Op, spec *corev1.PodSpec) []Op {
-	ours := volumes
+func volumeOps(ops []Op, spec *corev1.PodSpec, eif string) []Op {
+	ours := volumesOf(eif)
 	if v := pullSecrets(spec); v != nil {
 		ours = append(slices.Clone(ours), v)
 	}
@@ -121,7 +121,7 @@ func volumeOps(ops []Op, spec *corev1.PodSpec) []Op {
 }
 
 func initOps(ops []Op, spec *corev1.PodSpec, d *decision, opts Options) []Op {
-	boot := initboot(opts, d.manifest, d.canonical, d.image, d.pluginImages, d.memory, d.cpus)
+	boot := initboot(opts, d.manifest, d.canonical, d.image, d.config.EIF, d.pluginImages, d.memory, d.cpus)
 	if pullSecrets(spec) != nil {
 		boot.VolumeMounts = append(boot.VolumeMounts, mountPullSecrets)
 	}

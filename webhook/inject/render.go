@@ -109,10 +109,15 @@ func confined() *corev1.SecurityContext {
 }
 
 // initboot renders the first native sidecar, without resources.
-func initboot(opts Options, m *workload.Manifest, canonical []byte, image string, pluginImages []string, memory, cpus int64) corev1.Container {
+func initboot(opts Options, m *workload.Manifest, canonical []byte, image, eif string, pluginImages []string, memory, cpus int64) corev1.Container {
 	command := []string{"/initboot", "serve", "--driver=" + opts.Driver}
 	if len(opts.PlainHTTP) > 0 {
 		command = append(command, "--plain-http-registries="+strings.Join(opts.PlainHTTP, ","))
+	}
+	mounts := []corev1.VolumeMount{mountRun, mountCache, mountNoToken}
+	if eif != "" {
+		command = append(command, "--eif="+podenv.EIFDir+"/"+podenv.EIFName)
+		mounts = append(mounts, mountEIF)
 	}
 	c := corev1.Container{
 		Name:    Initboot,
@@ -126,7 +131,7 @@ func initboot(opts Options, m *workload.Manifest, canonical []byte, image string
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		RestartPolicy:   &always,
 		StartupProbe:    bootProbe,
-		VolumeMounts:    []corev1.VolumeMount{mountRun, mountCache, mountNoToken},
+		VolumeMounts:    mounts,
 	}
 	if opts.Driver == DriverNitro {
 		c.Env = append(c.Env, nitroEnv(cpus))
