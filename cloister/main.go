@@ -30,7 +30,7 @@ func newRoot() *cobra.Command {
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	root.AddCommand(newMeasure(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
+	root.AddCommand(newMeasure(), newBuild(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
 	root.AddCommand(newSign(), newVerify())
 	return root
 }

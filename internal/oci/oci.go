@@ -17,7 +17,6 @@ const (
 	MediaTypeManifest       = "application/vnd.oci.image.manifest.v1+json"
 	MediaTypeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	MediaTypeIndex          = "application/vnd.oci.image.index.v1+json"
-	MediaTypeDockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
 // Compression is how a layer's archive is compressed.
@@ -71,7 +70,8 @@ func (d Descriptor) Verify(size int64, sum []byte) error {
 
 var digestRE = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
-func (d Descriptor) validate(what string) error {
+// Validate checks the digest's form and the size of what a document calls by that name.
+func (d Descriptor) Validate(what string) error {
 	if !digestRE.MatchString(d.Digest) {
 		return fmt.Errorf("%s has the digest %q: only sha256 is supported", what, d.Digest)
 	}
@@ -109,14 +109,14 @@ func ParseManifest(b []byte) (*Manifest, error) {
 	case len(m.Layers) > maxLayers:
 		return nil, fmt.Errorf("the image has %d layers, at most %d are supported", len(m.Layers), maxLayers)
 	}
-	if err := m.Config.validate("the image's config"); err != nil {
+	if err := m.Config.Validate("the image's config"); err != nil {
 		return nil, err
 	}
 	if m.Config.Size > MaxConfig {
 		return nil, fmt.Errorf("the image's config has %d bytes, at most %d are supported", m.Config.Size, MaxConfig)
 	}
 	for i, l := range m.Layers {
-		if err := l.validate(fmt.Sprintf("layer %d", i+1)); err != nil {
+		if err := l.Validate(fmt.Sprintf("layer %d", i+1)); err != nil {
 			return nil, err
 		}
 		if _, ok := Layers[l.MediaType]; !ok {
@@ -133,7 +133,7 @@ func (m *Manifest) Choose(platform string) (Descriptor, error) {
 			continue
 		}
 		if d.Platform != nil && d.Platform.OS+"/"+d.Platform.Architecture == platform {
-			if err := d.validate("the image for " + platform); err != nil {
+			if err := d.Validate("the image for " + platform); err != nil {
 				return Descriptor{}, err
 			}
 			if d.Size > MaxManifest {

@@ -19,8 +19,8 @@ import (
 	"cloister.dev/cloister/workload"
 )
 
-// maxFile is the size of the largest file of a newc archive in bytes: its field has 32 bits.
-const maxFile = math.MaxUint32
+// MaxFile is the size of the largest file of a newc archive in bytes: its field has 32 bits.
+const MaxFile = math.MaxUint32
 
 // Writer writes one archive. Everything in it belongs to root and has neither time nor inode number.
 type Writer struct{ records cpio.RecordWriter }
@@ -36,7 +36,7 @@ func (w *Writer) Folder(name string, mode uint64) error {
 // File writes a file with size bytes of content and mode permissions. It fails on a file of 4 GiB or more,
 // which the format cannot hold.
 func (w *Writer) File(name string, mode uint64, content io.ReaderAt, size int64) error {
-	if size > maxFile {
+	if size > MaxFile {
 		return fmt.Errorf("%s has %d bytes, and a file in a ramdisk has less than 4 GiB", name, size)
 	}
 	return w.write(cpio.Record{

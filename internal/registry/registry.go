@@ -85,6 +85,17 @@ func (c *Client) RoundTripper() http.RoundTripper {
 	})
 }
 
+// Options are those of package remote for requests as c makes them.
+func (c *Client) Options(ctx context.Context) []remote.Option {
+	keys := c.Keychain
+	if keys == nil {
+		keys = authn.NewMultiKeychain()
+	}
+	return []remote.Option{
+		remote.WithContext(ctx), remote.WithTransport(c.RoundTripper()), remote.WithAuthFromKeychain(keys), remote.WithUserAgent("cloister"),
+	}
+}
+
 var errPlain = errors.New("it would have to be asked without TLS, which the installation does not list it for")
 
 type roundTripper func(*http.Request) (*http.Response, error)
@@ -105,10 +116,6 @@ func (c *Client) Pin(ctx context.Context, image string) (string, error) {
 	if _, ok := ref.(name.Tag); !ok {
 		return "", fmt.Errorf("%q has a digest already", image)
 	}
-	keys := c.Keychain
-	if keys == nil {
-		keys = authn.NewMultiKeychain()
-	}
 	// Package remote follows redirects for ever.
 	inner, requests := c.RoundTripper(), atomic.Int32{}
 	limited := roundTripper(func(r *http.Request) (*http.Response, error) {
@@ -117,10 +124,9 @@ func (c *Client) Pin(ctx context.Context, image string) (string, error) {
 		}
 		return inner.RoundTrip(r)
 	})
-	d, err := remote.Head(ref, remote.WithContext(ctx), remote.WithTransport(limited), remote.WithAuthFromKeychain(keys),
-		remote.WithUserAgent("cloister"), remote.WithRetryBackoff(remote.Backoff{Steps: 1}))
+	d, err := remote.Head(ref, append(c.Options(ctx), remote.WithTransport(limited), remote.WithRetryBackoff(remote.Backoff{Steps: 1}))...)
 	if err != nil {
-		return "", &PinError{Image: image, err: err, sentence: explain(ctx, ref, err)}
+		return "", &PinError{Image: image, err: err, sentence: Explain(ctx, ref, err)}
 	}
 	if d.Digest.Algorithm != "sha256" {
 		return "", fmt.Errorf("the registry %s answers with a digest that is not SHA-256", ref.Context().RegistryStr())
@@ -140,7 +146,8 @@ func (e *PinError) Error() string { return e.sentence }
 
 func (e *PinError) Unwrap() error { return e.err }
 
-func explain(ctx context.Context, ref name.Reference, err error) string {
+// Explain says in a sentence why a request for ref failed, and nothing of what the registry answered.
+func Explain(ctx context.Context, ref name.Reference, err error) string {
 	registry := ref.Context().RegistryStr()
 	var (
 		answer      *transport.Error
@@ -150,7 +157,7 @@ func explain(ctx context.Context, ref name.Reference, err error) string {
 	)
 	switch {
 	case errors.As(err, &answer) && answer.StatusCode == http.StatusNotFound:
-		return fmt.Sprintf("the registry %s has no %s", registry, ref.Context().RepositoryStr()+":"+ref.Identifier())
+		return fmt.Sprintf("the registry %s has no %s", registry, strings.TrimPrefix(ref.Name(), registry+"/"))
 	case errors.As(err, &answer) && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden):
 		return fmt.Sprintf("the registry %s refuses access to %s", registry, ref.Context().RepositoryStr())
 	case errors.As(err, &answer) && answer.StatusCode == http.StatusTooManyRequests:
