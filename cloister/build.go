@@ -260,7 +260,7 @@ func writeSealed(ctx context.Context, w io.Writer, manifest []byte, images []*se
 			if again {
 				continue
 			}
-			content, err := image.layer(ctx, l)
+			content, err := fetchLayer(ctx, image.from, l)
 			if err != nil {
 				return fmt.Errorf("layer %d of %d: %w", i+1, len(image.layers), err)
 			}

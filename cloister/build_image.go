@@ -197,7 +197,21 @@ func (s *sealedImage) manifest(ctx context.Context, d oci.Descriptor) (*oci.Mani
 }
 
 // read fetches and verifies something of at most limit bytes and keeps it.
-func (s *sealedImage) read(ctx context.Context, open func(context.Context, string) (io.ReadCloser, error), d oci.Descriptor, limit int64) ([]byte, error) {
+func (s *sealedImage) read(ctx context.Context, open openFunc, d oci.Descriptor, limit int64) ([]byte, error) {
+	b, err := readBlob(ctx, open, d, limit)
+	if err != nil {
+		return nil, err
+	}
+	s.small[d.Digest] = b
+	s.order = append(s.order, d.Digest)
+	return b, nil
+}
+
+// openFunc is a method of an imageSource.
+type openFunc func(ctx context.Context, digest string) (io.ReadCloser, error)
+
+// readBlob fetches and verifies something of at most limit bytes.
+func readBlob(ctx context.Context, open openFunc, d oci.Descriptor, limit int64) ([]byte, error) {
 	body, err := open(ctx, d.Digest)
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", d.Digest, err)
@@ -211,17 +225,12 @@ func (s *sealedImage) read(ctx context.Context, open func(context.Context, strin
 		return nil, fmt.Errorf("%s has more than %d bytes", d.Digest, limit)
 	}
 	sum := sha256.Sum256(b)
-	if err := d.Verify(int64(len(b)), sum[:]); err != nil {
-		return nil, err
-	}
-	s.small[d.Digest] = b
-	s.order = append(s.order, d.Digest)
-	return b, nil
+	return b, d.Verify(int64(len(b)), sum[:])
 }
 
-// layer fetches and verifies a layer into a file that is gone when it is closed.
-func (s *sealedImage) layer(ctx context.Context, d oci.Descriptor) (*os.File, error) {
-	body, err := s.from.blob(ctx, d.Digest)
+// fetchLayer fetches and verifies a layer into a file that is gone when it is closed.
+func fetchLayer(ctx context.Context, from imageSource, d oci.Descriptor) (*os.File, error) {
+	body, err := from.blob(ctx, d.Digest)
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", d.Digest, err)
 	}
@@ -232,10 +241,10 @@ func (s *sealedImage) layer(ctx context.Context, d oci.Descriptor) (*os.File, er
 	}
 	h := sha256.New()
 	n, err := io.Copy(interruptible{ctx, f}, io.TeeReader(io.LimitReader(body, d.Size+1), h))
-	if err == nil {
-		err = d.Verify(n, h.Sum(nil))
-	} else {
+	if err != nil {
 		err = fmt.Errorf("fetch %s: %w", d.Digest, err)
+	} else {
+		err = d.Verify(n, h.Sum(nil))
 	}
 	if err != nil {
 		f.Close()

@@ -21,7 +21,7 @@ func newEIF() *cobra.Command {
 			return errors.New("name what to do with the enclave image file")
 		},
 	}
-	cmd.AddCommand(newEIFBuild(), newEIFInspect(), newEIFExtract(), newEIFSign(), newEIFVerify())
+	cmd.AddCommand(newEIFBuild(), newEIFInspect(), newEIFExtract(), newEIFSign(), newEIFVerify(), newEIFPush(), newEIFPull())
 	return cmd
 }
 

@@ -130,11 +130,13 @@ func (e *enclave) checkImage() error {
 		return err
 	}
 	var size int64
-	for _, disk := range image.Ramdisks() {
-		size += disk.Size
+	for i, disk := range image.Ramdisks() {
+		if i > 0 { // the memory of the first comes on top
+			size += disk.Size
+		}
 	}
 	if size > e.cfg.Memory {
-		return fmt.Errorf("its ramdisks have %d bytes, more than the enclave's memory of %d bytes: give the container more memory", size, e.cfg.Memory)
+		return fmt.Errorf("what is sealed in it has %d bytes, more than the enclave's memory of %d bytes: give the container more memory", size, e.cfg.Memory)
 	}
 	e.measurements, err = image.Measure()
 	return err

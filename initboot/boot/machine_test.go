@@ -544,8 +544,8 @@ func TestBootFails(t *testing.T) {
 			"cannot check the enclave image: the EIF is sealed with another workload manifest, of PCR16 ",
 		},
 		"larger than the enclave": {
-			func(c *Config, _ *drivertest.Driver) { c.Memory = 10 },
-			"cannot check the enclave image: its ramdisks have 11 bytes, more than the enclave's memory of 10 bytes",
+			func(c *Config, _ *drivertest.Driver) { c.Memory = 5 },
+			"cannot check the enclave image: what is sealed in it has 6 bytes, more than the enclave's memory of 5 bytes",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
