@@ -7,6 +7,7 @@ cd "$REPO"
 "$HACK/kernel.sh"
 go build -o "$BIN/baseeif" ./hack/baseeif
 go build -trimpath -ldflags "-s -w -buildid=" -o "$OUT/enclaved" ./enclaved
-build() { baseeif -kernel "$OUT/vmlinuz" -kernel-version "$(cat "$OUT/vmlinuz.version")" -init "$OUT/enclaved" "$@"; }
+kernel=$OUT/kernel
+build() { baseeif -kernel "$kernel/vmlinuz" -kernel-version "$(cat "$kernel/version")" -modules "$kernel/modules" -init "$OUT/enclaved" "$@"; }
 build -nsm device -o "$OUT/base.eif"
 build -nsm dev -o "$OUT/base-dev.eif"

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -19,6 +20,8 @@ const (
 	selfPath = "/run/enclaved"
 	// workDir is a tmpfs for the image and what the workload writes to its root.
 	workDir = "/run/workload"
+	// moduleDir holds the kernel's modules in the ramdisk, of names as 00-virtio_mmio.ko.
+	moduleDir = "/modules"
 )
 
 // System is what Prepare has found and made.
@@ -32,11 +35,17 @@ type System struct {
 	Sealed *Sealed
 }
 
-// Prepare makes the surroundings that enclaved needs as PID 1: /proc, /sys and /dev where nobody has
+// Prepare makes the surroundings that enclaved needs as PID 1: in a machine of its own a root that a
+// workload can leave and the kernel's modules, everywhere /proc, /sys and /dev where nobody has
 // mounted them, the loopback device, and a tmpfs for the image of all the memory that is left. /run and
 // /tmp need no mount: the root is memory already.
 func Prepare() (*System, error) {
 	unix.Umask(0o022)
+	if Virtual() {
+		if err := coverRoot(); err != nil {
+			return nil, err
+		}
+	}
 	const strict = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	for _, m := range []struct {
 		kind, target string
@@ -62,6 +71,11 @@ func Prepare() (*System, error) {
 	s := &System{Self: selfPath, Dir: workDir}
 	if s.Module, err = moduleOf(string(cmdline)); err != nil {
 		return nil, err
+	}
+	if Virtual() {
+		if err := loadModules(moduleDir, string(cmdline)); err != nil {
+			return nil, err
+		}
 	}
 	if err := loopbackUp(); err != nil {
 		return nil, err
@@ -96,6 +110,66 @@ func Prepare() (*System, error) {
 func Virtual() bool {
 	_, err := os.Stat(vsock.HybridDir)
 	return err != nil
+}
+
+// coverRoot lays a mount of the root over itself. It has the same files, but the kernel's own first root,
+// on which an initial ramdisk is unpacked, can never be left (pivot_root(2), notes), as a workload leaves it.
+func coverRoot() error {
+	const at = "/run" // any folder: it is where the mount is made, not where it stays
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("/", at, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount the root once more: %w", err)
+	}
+	if err := unix.Chdir(at); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("cover the root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("enter the root: %w", err)
+	}
+	return unix.Chdir("/")
+}
+
+// loadModules loads the kernel's modules in dir, in the order of their names, and lets no other follow. A
+// kernel that needs none has no such folder.
+func loadModules(dir, cmdline string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		f, err := os.Open(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return err
+		}
+		err = unix.FinitModule(int(f.Fd()), moduleParameters(e.Name(), cmdline), 0)
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EEXIST) { // EEXIST: it is built in
+			return fmt.Errorf("load the kernel's module %s: %w", e.Name(), err)
+		}
+	}
+	if err := os.WriteFile("/proc/sys/kernel/modules_disabled", []byte("1"), 0o644); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("close the kernel to further modules: %w", err)
+	}
+	return nil
+}
+
+// moduleParameters returns what the kernel's command line has for the module in a file. It gives that to
+// drivers of its own; for others modprobe does it (kernel-parameters.rst). A hypervisor names an enclave's
+// devices in this way: virtio_mmio.device=512@0xfeb00e00:12.
+func moduleParameters(file, cmdline string) string {
+	_, name, _ := strings.Cut(strings.TrimSuffix(file, ".ko"), "-")
+	var parameters []string
+	for _, f := range strings.Fields(cmdline) {
+		if p, ok := strings.CutPrefix(f, name+"."); ok {
+			parameters = append(parameters, p)
+		}
+	}
+	return strings.Join(parameters, " ")
 }
 
 // mountOnce mounts a kernel's file system unless something is mounted there: a driver may have done it,

@@ -546,3 +546,16 @@ func TestMemAvailable(t *testing.T) {
 		}
 	}
 }
+
+func TestModuleParameters(t *testing.T) {
+	const cmdline = "console=ttyS0 virtio_mmio.device=512@0xfeb00e00:12 nsm.x=1 virtio_mmio.device=512@0xfeb00c00:11 cloister.nsm=dev"
+	for file, want := range map[string]string{
+		"00-virtio_mmio.ko": "device=512@0xfeb00e00:12 device=512@0xfeb00c00:11",
+		"04-nsm.ko":         "x=1",
+		"01-vsock.ko":       "",
+	} {
+		if got := moduleParameters(file, cmdline); got != want {
+			t.Errorf("moduleParameters(%q) = %q, want %q", file, got, want)
+		}
+	}
+}

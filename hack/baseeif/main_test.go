@@ -15,25 +15,34 @@ import (
 	"cloister.dev/cloister/eif"
 )
 
-// inputs writes a kernel and a program and returns their names.
-func inputs(t *testing.T) (kernel, program string) {
+// inputs writes a kernel, its modules and a program.
+func inputs(t *testing.T, nsm string) input {
 	t.Helper()
 	dir := t.TempDir()
-	kernel, program = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "enclaved")
-	for name, content := range map[string]string{kernel: "a kernel", program: "a program"} {
+	in := input{
+		kernel: filepath.Join(dir, "vmlinuz"), version: "6.12", modules: filepath.Join(dir, "modules"),
+		program: filepath.Join(dir, "enclaved"), nsm: nsm,
+	}
+	if err := os.Mkdir(in.modules, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{
+		in.kernel: "a kernel", in.program: "a program",
+		filepath.Join(in.modules, "00-a.ko"): "module a", filepath.Join(in.modules, "01-b.ko"): "module b",
+	} {
 		if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return kernel, program
+	return in
 }
 
 func TestBuildIsReproducible(t *testing.T) {
-	kernel, program := inputs(t)
+	in := inputs(t, "dev")
 	var files [2][]byte
 	for i := range files {
 		out := filepath.Join(t.TempDir(), "base.eif")
-		if _, err := build(kernel, "6.12", program, "dev", out); err != nil {
+		if _, err := build(in, out); err != nil {
 			t.Fatal(err)
 		}
 		var err error
@@ -47,11 +56,10 @@ func TestBuildIsReproducible(t *testing.T) {
 }
 
 func TestModuleIsMeasured(t *testing.T) {
-	kernel, program := inputs(t)
 	registers := map[string]string{}
 	for _, nsm := range []string{"device", "dev"} {
 		out := filepath.Join(t.TempDir(), "base.eif")
-		m, err := build(kernel, "6.12", program, nsm, out)
+		m, err := build(inputs(t, nsm), out)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -79,14 +87,18 @@ func TestModuleIsMeasured(t *testing.T) {
 	if registers["device"] == registers["dev"] {
 		t.Error("both modules have the same PCR0")
 	}
-	if _, err := build(kernel, "6.12", program, "none", filepath.Join(t.TempDir(), "x")); err == nil {
+	if _, err := build(inputs(t, "none"), filepath.Join(t.TempDir(), "x")); err == nil {
 		t.Error("an unknown module was taken")
 	}
 }
 
 func TestRamdisk(t *testing.T) {
+	modules, err := readModules(inputs(t, "dev").modules)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var disk bytes.Buffer
-	if err := writeRamdisk(&disk, []byte("a program")); err != nil {
+	if err := writeRamdisk(&disk, modules, []byte("a program")); err != nil {
 		t.Fatal(err)
 	}
 	z, err := gzip.NewReader(&disk)
@@ -110,6 +122,7 @@ func TestRamdisk(t *testing.T) {
 	}
 	want := map[string]uint64{
 		"dev": 0o40755, "etc": 0o40755, "proc": 0o40755, "run": 0o40755, "sys": 0o40755, "tmp": 0o41777, "init": 0o100755,
+		"modules": 0o40755, "modules/00-a.ko": 0o100644, "modules/01-b.ko": 0o100644,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("records (-want +got):\n%s", diff)
