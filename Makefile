@@ -34,6 +34,10 @@ bench-admission-kind: ## what 300 pods wait for the webhook on the kind cluster,
 bench-attestation: ## the CPU time and allocations of one verification, beside the bare signatures and a verifier by others
 	@hack/bench-attestation.sh
 
+.PHONY: bench-eif
+bench-eif: ## the user CPU time and memory of building an EIF, beside one SHA-384 and AWS's builder
+	@hack/bench-eif.sh
+
 .PHONY: verify
 verify: ## format, vet, go.mod, and generated code that is what the .proto files give
 	@hack/verify.sh

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -142,8 +143,8 @@ func writeString(b *strings.Builder, s string) {
 }
 
 // writeNumber writes integers that fit into 64 bits as they are and all other numbers as the
-// shortest float64, as serde_json (with the ryu crate) does: plain from 1e-5 up to 1e16, always
-// with a fraction or an exponent.
+// shortest float64, as serde_json does with the crate zmij: plain from 1e-5 up to 1e16, always with a
+// fraction or an exponent.
 func writeNumber(b *strings.Builder, n json.Number) error {
 	s := n.String()
 	if s != "-0" {
@@ -156,9 +157,9 @@ func writeNumber(b *strings.Builder, n json.Number) error {
 			return nil
 		}
 	}
-	f, err := strconv.ParseFloat(s, 64)
+	f, err := parseFloat(s)
 	if err != nil {
-		return fmt.Errorf("number %s is out of range", s)
+		return err
 	}
 	mantissa, exponent, _ := strings.Cut(strconv.FormatFloat(f, 'e', -1, 64), "e")
 	exp, err := strconv.Atoi(exponent)
@@ -173,7 +174,67 @@ func writeNumber(b *strings.Builder, n json.Number) error {
 		}
 		b.WriteString(plain)
 	default:
-		fmt.Fprintf(b, "%se%d", mantissa, exp)
+		fmt.Fprintf(b, "%se%+d", mantissa, exp)
 	}
 	return nil
+}
+
+// parseFloat reads a JSON number as serde_json does (src/de.rs), which without its feature
+// float_roundtrip may miss the nearest float64: it takes as many digits as fit into 64 bits, and
+// multiplies or divides them by a power of ten.
+func parseFloat(s string) (float64, error) {
+	digits, negative := strings.CutPrefix(s, "-")
+	exponent := 0
+	if i := strings.IndexAny(digits, "eE"); i >= 0 {
+		var err error
+		if exponent, err = strconv.Atoi(digits[i+1:]); err != nil {
+			exponent = math.MaxInt32 // out of range, but for a zero
+			if digits[i+1] == '-' {
+				exponent = -exponent
+			}
+		}
+		digits = digits[:i]
+	}
+	integer, fraction, _ := strings.Cut(digits, ".")
+	var significand uint64
+	add := func(digit byte) (fits bool) {
+		d := uint64(digit - '0')
+		if significand > (math.MaxUint64-d)/10 {
+			return false
+		}
+		significand = significand*10 + d
+		return true
+	}
+	for i := range integer {
+		if !add(integer[i]) {
+			exponent += len(integer) - i
+			break
+		}
+	}
+	for i := range fraction {
+		if !add(fraction[i]) {
+			break
+		}
+		exponent--
+	}
+
+	f := float64(significand)
+	for ; exponent < -308 && f != 0; exponent += 308 {
+		f /= 1e308
+	}
+	if f != 0 {
+		power, err := strconv.ParseFloat(fmt.Sprintf("1e%d", max(exponent, -exponent)), 64)
+		if exponent >= 0 {
+			f *= power
+		} else {
+			f /= power
+		}
+		if err != nil || math.IsInf(f, 0) {
+			return 0, fmt.Errorf("number %s is out of range", s)
+		}
+	}
+	if negative {
+		f = -f
+	}
+	return f, nil
 }
