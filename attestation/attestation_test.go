@@ -83,7 +83,12 @@ func TestVectors(t *testing.T) {
 			if d.Debug() != isDebug {
 				t.Errorf("Debug() = %v", d.Debug())
 			}
-			got, err := Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug})
+			_, err = Verify(doc, Options{AllowDebug: isDebug})
+			wantRule(t, err, RuleAge, "old at")
+			_, err = Verify(doc, Options{AllowDebug: isDebug, MaxAge: 100 * 365 * 24 * time.Hour})
+			wantRule(t, err, RuleChain, "expired")
+			chains := new(Chains)
+			got, err := Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug, Chains: chains})
 			if strings.Contains(file, "_tampered_") {
 				wantRule(t, err, RuleSignature, "is not that of the document's certificate")
 				return
@@ -101,9 +106,10 @@ func TestVectors(t *testing.T) {
 				_, err = Verify(doc, Options{Now: d.Timestamp})
 				wantRule(t, err, RuleDebug, "debug mode")
 			}
-			_, err = Verify(doc, Options{AllowDebug: isDebug})
-			wantRule(t, err, RuleAge, "old at")
-			_, err = Verify(doc, Options{AllowDebug: isDebug, MaxAge: 100 * 365 * 24 * time.Hour})
+			if again, err := Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug, Chains: chains}); err != nil || len(chains.entries) != 1 {
+				t.Errorf("again, with its chain remembered: %v, %v", again, err)
+			}
+			_, err = Verify(doc, Options{AllowDebug: isDebug, MaxAge: 100 * 365 * 24 * time.Hour, Chains: chains})
 			wantRule(t, err, RuleChain, "expired")
 			_, err = Verify(doc, Options{Now: d.Timestamp, AllowDebug: isDebug, Root: strangerRoot(t)})
 			wantRule(t, err, RuleChain, "intermediate certificate 1: its issuer is")

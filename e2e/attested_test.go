@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -36,5 +37,20 @@ func TestAttested(t *testing.T) {
 	r = c.cloister(t, "curl", "--measurements", set, "--connect-to", addr, "https://app.example/")
 	if r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "chain") {
 		t.Errorf("without --root: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
+	}
+
+	// A fresh document by nonce, which others can verify from the file.
+	document := filepath.Join(t.TempDir(), "attestation.bin")
+	r = c.cloister(t, "attestation", "fetch", "--root", c.root, "--measurements", set, "--connect-to", addr, "--nonce", "c0ffee", "--save", document, "https://app.example")
+	if r.code != 0 || !strings.Contains(r.stdout, "nonce       c0ffee") || !strings.Contains(r.stdout, "DEVELOPMENT, not a real enclave") {
+		t.Errorf("attestation fetch: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
+	}
+	r = c.cloister(t, "attestation", "verify", document, "--root", c.root, "--measurements", set, "--nonce", "c0ffee", "-o", "json")
+	if r.code != 0 || !strings.Contains(r.stdout, `"development":true`) || !strings.Contains(r.stdout, entry.PCR16) {
+		t.Errorf("attestation verify: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
+	}
+	r = c.cloister(t, "attestation", "verify", document, "--root", c.root, "--nonce", "c0ffef")
+	if r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "nonce") {
+		t.Errorf("attestation verify with another nonce: exit code %d, stdout %q, stderr %s", r.code, r.stdout, r.stderr)
 	}
 }
