@@ -43,6 +43,8 @@ import (
 // pod is what the kubelet would make of an injected pod: initboot, and consoles one after the other.
 type pod struct {
 	dir, bin     string
+	shared       string // folder of what several pods have in common
+	env          []string
 	measurements workload.MeasurementSet
 	root         []byte // PEM
 	initboot     *exec.Cmd
@@ -62,6 +64,14 @@ func build(t *testing.T, out, pkg string, args ...string) {
 // newPod builds everything and starts initboot.
 func newPod(t *testing.T) *pod {
 	t.Helper()
+	p := preparePod(t, "devnsm")
+	p.start(t, (*exec.Cmd).Start)
+	return p
+}
+
+// preparePod builds everything, initboot with tags.
+func preparePod(t *testing.T, tags string) *pod {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("the process driver needs root")
 	}
@@ -70,8 +80,8 @@ func newPod(t *testing.T) *pod {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	p := &pod{dir: dir, bin: filepath.Join(dir, "initboot")}
-	build(t, p.bin, ".", "-tags=devnsm")
+	p := &pod{dir: dir, shared: dir, bin: filepath.Join(dir, "initboot")}
+	build(t, p.bin, ".", "-tags="+tags)
 	build(t, filepath.Join(dir, "enclaved"), "cloister.dev/cloister/enclaved")
 	build(t, filepath.Join(dir, "server"), "./testdata/workload")
 
@@ -103,16 +113,25 @@ func newPod(t *testing.T) *pod {
 		PCR16: hex.EncodeToString(workload.PCR16(manifest)),
 	}}
 
-	if p.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
+	p.env = []string{podenv.EnvManifest + "=" + string(manifest), podenv.EnvImage + "=" + ref.String(), podenv.EnvMemory + "=268435456"}
+	return p
+}
+
+// start runs initboot, with more arguments if there are any.
+func (p *pod) start(t *testing.T, run func(*exec.Cmd) error, args ...string) {
+	t.Helper()
+	var err error
+	if p.log, err = os.Create(p.path("log")); err != nil {
 		t.Fatal(err)
 	}
-	p.initboot = exec.Command(p.bin, "serve", "--eif", p.path("base.eif"), "--run-dir", p.path("run"), "--cache-dir", p.path("cache"), "--dev-keys", dir, "--plain-http-registries", "127.0.0.1")
-	p.initboot.Env = []string{podenv.EnvManifest + "=" + string(manifest), podenv.EnvImage + "=" + ref.String(), podenv.EnvMemory + "=268435456"}
+	p.initboot = exec.Command(p.bin, append([]string{"serve", "--eif", filepath.Join(p.shared, "base.eif"), "--run-dir", p.path("run"), "--cache-dir", p.path("cache"),
+		"--dev-keys", p.shared, "--plain-http-registries", "127.0.0.1"}, args...)...)
+	p.initboot.Env = p.env
 	p.initboot.Stdout, p.initboot.Stderr = p.log, p.log
 	if err := os.Mkdir(p.path("run"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.initboot.Start(); err != nil {
+	if err := run(p.initboot); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -123,7 +142,6 @@ func newPod(t *testing.T) *pod {
 			t.Logf("log of initboot and enclave:\n%s", b)
 		}
 	})
-	return p
 }
 
 func (p *pod) path(name string) string { return filepath.Join(p.dir, name) }

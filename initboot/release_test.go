@@ -2,19 +2,22 @@ package main
 
 import (
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 )
 
-// TestReleaseCannotSign looks for the development NSM in what a release is made of.
-func TestReleaseCannotSign(t *testing.T) {
-	for tags, want := range map[string]bool{"": false, "devnsm": true} {
+// TestRelease looks for what is for development and tests in what a release is made of.
+func TestRelease(t *testing.T) {
+	for tags, want := range map[string][]string{"": nil, "devnsm": {"nsmdev"}, "vsockemu": {"vsockemu"}} {
 		out, err := exec.Command("go", "list", "-deps", "-tags="+tags, ".").CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		if got := strings.Contains(string(out), "/internal/nsmdev\n"); got != want {
-			t.Errorf("tags %q: the development NSM's signer is part of initboot: %v, want %v", tags, got, want)
+		for _, p := range []string{"nsmdev", "vsockemu"} {
+			if got := strings.Contains(string(out), "/internal/"+p+"\n"); got != slices.Contains(want, p) {
+				t.Errorf("tags %q: internal/%s is part of initboot: %v", tags, p, got)
+			}
 		}
 	}
 }

@@ -19,6 +19,8 @@ import (
 
 	"cloister.dev/cloister/initboot/boot"
 	"cloister.dev/cloister/initboot/content"
+	"cloister.dev/cloister/initboot/driver"
+	"cloister.dev/cloister/initboot/driver/nitro"
 	"cloister.dev/cloister/initboot/driver/process"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
@@ -31,7 +33,7 @@ import (
 // work is tried again, and probe boot says why.
 func serve(args []string) int {
 	f := flags("serve")
-	driverName := f.String("driver", "process", "how the enclave is launched: `process`")
+	driverName := f.String("driver", "process", "how the enclave is launched: `process` or nitro")
 	image := f.String("eif", "/base.eif", "enclave image `file`")
 	runDir := f.String("run-dir", podenv.RunDir, "`folder` that the pod's containers of Cloister share")
 	cacheDir := f.String("cache-dir", podenv.CacheDir, "`folder` of the image cache")
@@ -49,11 +51,7 @@ func serve(args []string) int {
 	}()
 
 	cfg := boot.Config{EIF: *image, Console: os.Stderr, Log: slog.Default()}
-	if *driverName == "process" {
-		cfg.Driver = process.Driver{Dir: *runDir}
-	} else {
-		cfg.Invalid = fmt.Errorf("there is no driver %q: --driver must be process", *driverName)
-	}
+	cfg.Driver, cfg.Invalid = newDriver(*driverName, *runDir, cfg.Log)
 	if err := configure(&cfg, registry.Client{PlainHTTP: registry.ParseList(*plain)}, *cacheDir, *keyDir); err != nil {
 		cfg.Invalid = errors.Join(cfg.Invalid, err)
 	}
@@ -69,6 +67,22 @@ func serve(args []string) int {
 	server.GracefulStop()
 	slog.Info("shut down")
 	return 0
+}
+
+// newDriver returns the driver of a name.
+func newDriver(name, runDir string, log *slog.Logger) (driver.Driver, error) {
+	switch name {
+	case "process":
+		return process.Driver{Dir: runDir}, nil
+	case "nitro":
+		cpus, err := strconv.Atoi(os.Getenv(podenv.EnvCPUs))
+		if err != nil || cpus < 1 {
+			return nil, fmt.Errorf("%s is %q: it must be the enclave's number of vCPUs, a decimal number", podenv.EnvCPUs, os.Getenv(podenv.EnvCPUs))
+		}
+		return nitro.Driver{CPUs: cpus, Transport: transport(), Log: log}, nil
+	default:
+		return nil, fmt.Errorf("there is no driver %q: --driver must be process or nitro", name)
+	}
 }
 
 // configure reads what the webhook put into the environment.

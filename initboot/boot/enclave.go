@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -31,6 +32,9 @@ const (
 	heartbeatTimeout = 20 * time.Second
 	// configureTimeout bounds Configure, which measures the manifest and asks for one document.
 	configureTimeout = 30 * time.Second
+	// minPortDelay is how long the next try waits for port 9000 at least, and half of how long at most: the
+	// tries of several pods drift apart.
+	minPortDelay = 50 * time.Millisecond
 	// endTimeout is how long the end of the control channel waits for the driver's word on why.
 	endTimeout = 100 * time.Millisecond
 )
@@ -170,8 +174,8 @@ func (e *enclave) openPorts() error {
 			e.cfg.Log.Error("stop enclave", "generation", e.generation, "error", err)
 		}
 	})
-	if e.control, err = e.driver.Listen(channel.Port); err != nil {
-		return fmt.Errorf("listen on port %d: %w", channel.Port, err)
+	if err := e.listenControl(); err != nil {
+		return err
 	}
 	e.undo(func() { e.control.Close() })
 
@@ -216,6 +220,25 @@ func (e *enclave) openPorts() error {
 	return nil
 }
 
+// listenControl binds port 9000. With AF_VSOCK it is the node's, so another pod may be booting its enclave.
+func (e *enclave) listenControl() (err error) {
+	ctx, cancel := context.WithTimeout(e.ctx, heartbeatTimeout)
+	defer cancel()
+	for {
+		if e.control, err = e.driver.Listen(channel.Port); err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("listen on port %d: %w", channel.Port, err)
+		}
+		select {
+		case <-time.After(minPortDelay + rand.N(minPortDelay)):
+		case <-ctx.Done():
+			return fmt.Errorf("vsock port %d of the node was taken for %s: other pods boot their enclaves, or a process that is none of ours sits on it", channel.Port, heartbeatTimeout)
+		}
+	}
+}
+
 // listenAny listens on a free host port above all containerPorts, behind the enclave's secret.
 func (e *enclave) listenAny() (net.Listener, uint32, error) {
 	var err error
@@ -248,7 +271,7 @@ func (e *enclave) connect() error {
 	e.control.Close()
 	if err != nil {
 		if ctx.Err() != nil {
-			return fmt.Errorf("it did not connect to port %d within %s; its console is in this log", channel.Port, heartbeatTimeout)
+			return fmt.Errorf("it did not connect to port %d within %s; what the driver shows of its console is in this log", channel.Port, heartbeatTimeout)
 		}
 		return err
 	}

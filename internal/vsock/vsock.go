@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 )
 
 // Guest is an enclave's way to listen on its own ports and to reach ports of its host.
@@ -48,7 +49,7 @@ func NewHybridGuest(dir string) (Guest, error) {
 
 type afVsock struct{}
 
-func (afVsock) Listen(port uint32) (net.Listener, error) { return vsock.Listen(port, nil) }
+func (afVsock) Listen(port uint32) (net.Listener, error) { return ListenAny(port) }
 
 // Dial ignores ctx: AF_VSOCK's connect has a time-out of 2 s of its own (net/vmw_vsock/af_vsock.c).
 func (afVsock) Dial(_ context.Context, port uint32) (net.Conn, error) {
@@ -66,10 +67,29 @@ func Listen(target string, port uint32) (net.Listener, error) {
 	case "unix":
 		return listenHybrid(rest, port)
 	case "vsock":
-		return vsock.Listen(port, nil)
+		return ListenAny(port)
 	default:
 		return nil, fmt.Errorf("target %q is neither unix://PATH nor vsock://CID", target)
 	}
+}
+
+// ListenAny binds an AF_VSOCK port of this machine. No context id is asked for: that needs /dev/vsock, which
+// containers do not have.
+func ListenAny(port uint32) (net.Listener, error) {
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, port, nil)
+	if err != nil { // and not a nil *vsock.Listener
+		return nil, err
+	}
+	return l, nil
+}
+
+// PeerCID returns the context id at the other end of an AF_VSOCK connection, which its sender cannot choose.
+func PeerCID(c net.Conn) (uint32, error) {
+	a, ok := c.RemoteAddr().(*vsock.Addr)
+	if !ok {
+		return 0, fmt.Errorf("%T is no AF_VSOCK connection", c)
+	}
+	return a.ContextID, nil
 }
 
 // Dial connects a host to a port of an enclave. Target is "unix://PATH" for the guest's hybrid socket
@@ -83,7 +103,7 @@ func Dial(ctx context.Context, target string, port uint32) (net.Conn, error) {
 		if err != nil {
 			return nil, fmt.Errorf("parse target %q: %w", target, err)
 		}
-		return vsock.Dial(uint32(cid), port, nil)
+		return vsock.DialContext(ctx, uint32(cid), port, nil)
 	default:
 		return nil, fmt.Errorf("target %q is neither unix://PATH nor vsock://CID", target)
 	}

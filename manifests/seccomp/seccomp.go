@@ -2,8 +2,9 @@
 // RuntimeDefault refuses because vsock has no namespaces. `initboot install seccomp` writes it to a node.
 //
 // It is containerd's default profile (contrib/seccomp/seccomp_default.go, v2.3.7) for a container without
-// capabilities on amd64 and arm64, and socket(AF_VSOCK): in the form of the OCI runtime specification, as
-// container runtimes read a profile of the node.
+// capabilities on amd64 and arm64, socket(AF_VSOCK), and mbind, by which initboot takes memory of the enclave
+// pool's NUMA node: in the form of the OCI runtime specification, as container runtimes read a profile of the
+// node.
 package seccomp
 
 import _ "embed"

@@ -74,7 +74,7 @@ func TestProfile(t *testing.T) {
 			t.Errorf("socket(%d): allowed %v", name, got)
 		}
 	}
-	for _, name := range []string{"mmap", "ioctl", "execve", "epoll_pwait", "fchmodat2"} {
+	for _, name := range []string{"mmap", "mbind", "madvise", "ioctl", "execve", "epoll_pwait", "fchmodat2"} {
 		if !p.allows(t, name, 0) {
 			t.Errorf("%s is refused", name)
 		}

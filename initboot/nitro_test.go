@@ -1,0 +1,300 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"cloister.dev/cloister/e2e/nitroemu"
+	"cloister.dev/cloister/initboot/driver"
+	"cloister.dev/cloister/initboot/driver/process"
+	"cloister.dev/cloister/internal/podenv"
+	"cloister.dev/cloister/internal/podsock"
+	"cloister.dev/cloister/internal/vsock"
+	"cloister.dev/cloister/internal/vsockemu"
+)
+
+// nitroMemory is an enclave's memory in bytes, without podenv.NitroOverhead.
+const nitroMemory = 128 << 20
+
+// nitroNode is a node whose enclaves are processes, for so many pods.
+func nitroNode(t *testing.T, pods int) *nitroemu.Node {
+	t.Helper()
+	nitroemu.HugePages(t, 2<<20, pods*(nitroMemory+podenv.NitroOverhead)/(2<<20))
+	dir, err := os.MkdirTemp("/tmp", "n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	o := nitroemu.Options{Dir: dir, CPUs: 2 + 2*pods, Threads: 2, NUMANode: 1, Boot: func(ctx context.Context, e nitroemu.Enclave) {
+		if err := runProcess(ctx, e); err != nil {
+			t.Errorf("enclave %d: %v", e.CID, err)
+		}
+	}}
+	for core := range pods {
+		o.Pool = append(o.Pool, uint32(core+1), uint32(core+1+1+pods))
+	}
+	n, err := nitroemu.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		until(t, func() string {
+			if free := n.FreeCPUs(); free != len(o.Pool) {
+				return fmt.Sprintf("%d vCPUs of %d are free", free, len(o.Pool))
+			}
+			return ""
+		})
+		n.Close()
+		if left, _ := filepath.Glob(filepath.Join(dir, "enclave-*")); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	})
+	return n
+}
+
+// runProcess boots what was in an enclave's memory as the process driver does.
+func runProcess(ctx context.Context, e nitroemu.Enclave) error {
+	dir, err := os.MkdirTemp("/tmp", "e")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	image := driver.Image{EIF: filepath.Join(dir, "eif"), Memory: int64(e.Memory), Console: os.Stderr}
+	if err := os.WriteFile(image.EIF, e.EIF, 0o600); err != nil {
+		return err
+	}
+	p, err := process.Driver{Dir: dir}.Create(1)
+	if err != nil {
+		return err
+	}
+	defer p.Stop()
+	// Its sockets are those of the node.
+	sockets := filepath.Dir(strings.TrimPrefix(p.Target(), "unix://"))
+	if err := errors.Join(os.Remove(sockets), os.Symlink(e.Folder, sockets)); err != nil {
+		return err
+	}
+	if err := p.Start(ctx, image); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { p.Stop() })
+	defer stop()
+	p.Wait()
+	return nil
+}
+
+// startNitro runs initboot on a node.
+func (p *pod) startNitro(t *testing.T, n *nitroemu.Node) {
+	t.Helper()
+	p.env = append(slices.Clone(p.env), vsockemu.EnvNode+"="+string(n.Ports), podenv.EnvCPUs+"=2", podenv.EnvMemory+fmt.Sprintf("=%d", nitroMemory))
+	p.start(t, n.Start, "--driver=nitro")
+}
+
+// TestNitroPod is the life of a pod with the nitro driver: initboot as it is, but for its vsock, against an
+// emulated device.
+func TestNitroPod(t *testing.T) {
+	p := preparePod(t, "devnsm,vsockemu")
+	n := nitroNode(t, 1)
+	p.startNitro(t, n)
+	until(t, func() string { return p.probe("boot") })
+	image, err := os.ReadFile(p.path("base.eif"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := n.Enclaves()[0]
+	if !bytes.Equal(first.EIF, image) {
+		t.Errorf("the enclave has another EIF, of %d bytes instead of %d", len(first.EIF), len(image))
+	}
+	if !slices.Contains(first.Ports, 9000) || first.Memory != nitroMemory+podenv.NitroOverhead || len(first.CPUs) != 2 || first.Debug {
+		first.EIF = nil
+		t.Errorf("the enclave: %+v", first)
+	}
+
+	c := p.console(t)
+	until(t, func() string { return p.probe("startup") })
+	if body, _ := p.get(t); !strings.HasSuffix(body, "hello from uid 1234 ahoy\n") {
+		t.Errorf("answer: %q", body)
+	}
+	c.Process.Signal(syscall.SIGTERM)
+	if code := c.code(t); code != 7 || c.stdout.String() != "listening\nbye\n" {
+		t.Errorf("console: %d, %q", code, c.stdout.String())
+	}
+
+	c = p.console(t) // a second enclave
+	until(t, func() string { return p.probe("startup") })
+	p.get(t)
+	until(t, func() string {
+		for i, e := range n.Enclaves() {
+			if closed := e.Calls[len(e.Calls)-1] == "close"; closed != (i == 0) {
+				return fmt.Sprintf("enclave %d is closed: %v", e.CID, closed)
+			}
+		}
+		return ""
+	})
+	// The first that comes to the end: initboot is killed, and closes nothing.
+	p.initboot.Process.Kill()
+	if code := c.code(t); code != 125 {
+		t.Errorf("console without initboot: %d", code)
+	}
+}
+
+// TestNitroNode: four pods boot at once on a node, where a process that is none of ours sits on port 9000, then
+// connects to it first, and tries every port of every enclave.
+func TestNitroNode(t *testing.T) {
+	const pods = 4
+	first := preparePod(t, "devnsm,vsockemu")
+	n := nitroNode(t, pods)
+
+	squatter, err := n.Ports.Listen(9000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := []*pod{first}
+	for range pods - 1 {
+		dir, err := os.MkdirTemp("/tmp", "i")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		next := *first
+		next.dir = dir
+		all = append(all, &next)
+	}
+	for _, p := range all {
+		p.startNitro(t, n)
+	}
+	until(t, func() string { // each has made itself ready but for the port
+		for _, p := range all {
+			if s := p.state(t); s.GetProgress().GetStep() != "open the enclave's host ports" {
+				return s.String()
+			}
+		}
+		return ""
+	})
+	if made := len(n.Enclaves()); made != 0 {
+		t.Errorf("%d enclaves were made without the port", made)
+	}
+	squatter.Close()
+
+	// Strangers keep connecting to port 9000, silent ones and talking ones.
+	ctx, cancel := context.WithCancel(t.Context())
+	var strangers sync.WaitGroup
+	defer strangers.Wait()
+	defer cancel()
+	answered := make(chan []byte, 1)
+	strangers.Go(func() {
+		for ctx.Err() == nil {
+			c, err := n.Ports.Dial(vsockemu.HostCID, 9000)
+			if err != nil {
+				time.Sleep(time.Millisecond)
+				continue
+			}
+			c.Write([]byte{0xB7})
+			strangers.Go(func() {
+				defer c.Close()
+				if b, _ := io.ReadAll(c); len(b) > 0 {
+					select {
+					case answered <- b:
+					default:
+					}
+				}
+			})
+		}
+	})
+
+	for _, p := range all {
+		until(t, func() string { return p.probe("boot") })
+	}
+	cancel()
+	strangers.Wait()
+	select {
+	case b := <-answered:
+		t.Errorf("a stranger was answered with %q", b)
+	default:
+	}
+
+	seen := map[string]bool{}
+	for _, p := range all {
+		p.console(t)
+		until(t, func() string { return p.probe("startup") })
+		p.get(t) // its own enclave's answer, by its own secret
+		s := p.state(t)
+		seen[s.GetTarget()] = true
+		for _, other := range all {
+			if other == p {
+				continue
+			}
+			// A secret of another pod, and none.
+			_, err := vsock.Secret(other.state(t).GetSecret()).Dial(t.Context(), 80, func(ctx context.Context, port uint32) (net.Conn, error) {
+				return vsock.Dial(ctx, s.GetTarget(), port)
+			})
+			if !errors.Is(err, vsock.ErrProof) {
+				t.Errorf("the port of another pod's enclave: %v", err)
+			}
+		}
+	}
+	if len(seen) != pods {
+		t.Errorf("%d targets: %v", len(seen), seen)
+	}
+	// The node's own ports: what initboot offers to its enclave it offers to no other.
+	ports, err := n.Ports.Ports()
+	if err != nil || len(ports) < 2*pods { // content and development NSM of each
+		t.Fatalf("ports %v, %v", ports, err)
+	}
+	for _, port := range ports {
+		accepted := 0
+		for _, cid := range []uint32{vsockemu.HostCID, 16, 17, 18, 19} {
+			c, err := n.Ports.Dial(cid, port)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+			if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) { // the enclave's own: it waits for a proof
+				accepted++
+			} else if err == nil {
+				t.Errorf("port %d says something to enclave %d", port, cid)
+			}
+			c.Close()
+		}
+		if accepted != 1 {
+			t.Errorf("port %d takes connections of %d enclaves", port, accepted)
+		}
+	}
+	for _, p := range all {
+		p.initboot.Process.Signal(syscall.SIGTERM)
+		var exit *exec.ExitError
+		if err := p.initboot.Wait(); errors.As(err, &exit) {
+			t.Errorf("initboot: %v", err)
+		}
+	}
+}
+
+// state returns what initboot says of its enclave.
+func (p *pod) state(t *testing.T) *podsock.EnclaveState {
+	t.Helper()
+	conn, err := podsock.Dial(p.path("run/pod.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	s, why := state(t.Context(), podsock.NewPodClient(conn))
+	if why != "" {
+		return &podsock.EnclaveState{}
+	}
+	return s
+}
