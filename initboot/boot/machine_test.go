@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -24,6 +26,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"cloister.dev/cloister/eif"
+	"cloister.dev/cloister/initboot/driver"
 	"cloister.dev/cloister/initboot/driver/drivertest"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podsock"
@@ -665,4 +668,49 @@ func TestStats(t *testing.T) {
 	}
 	f.pod.Stop(t.Context(), &channel.StopRequest{})
 	<-result
+}
+
+// takenPort is a driver on whose node another process holds port 9000 until freed.
+type takenPort struct {
+	*drivertest.Driver
+	tried chan struct{}
+	freed atomic.Bool
+}
+
+func (d *takenPort) Create(generation uint64) (driver.Enclave, error) {
+	e, err := d.Driver.Create(generation)
+	return &takenEnclave{e, d}, err
+}
+
+type takenEnclave struct {
+	driver.Enclave
+	driver *takenPort
+}
+
+func (e *takenEnclave) Listen(port uint32) (net.Listener, error) {
+	if port == channel.Port && !e.driver.freed.Load() {
+		select {
+		case e.driver.tried <- struct{}{}:
+		default:
+		}
+		return nil, &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", syscall.EADDRINUSE)}
+	}
+	return e.Enclave.Listen(port)
+}
+
+// TestPortTaken: the port that enclaves dial first is the node's, and pods that boot at once wait in turn.
+func TestPortTaken(t *testing.T) {
+	tried := make(chan struct{})
+	var taken *takenPort
+	f := start(t, hold, func(c *Config, d *drivertest.Driver) {
+		taken = &takenPort{Driver: d, tried: tried}
+		c.Driver = taken
+	})
+	<-tried
+	<-tried
+	if s := f.wait(func(*podsock.EnclaveState) bool { return true }); s.GetGeneration() != 1 || s.GetProgress().GetStep() != "open the enclave's host ports" {
+		t.Errorf("waiting: %v", s)
+	}
+	taken.freed.Store(true)
+	f.phase(1, booted)
 }
