@@ -689,7 +689,17 @@ func compareAWS(t *testing.T, aws []byte, want registers, img Image) {
 func FuzzReader(f *testing.F) {
 	f.Add(valid())
 	f.Add(assemble(rawSection{SectionKernel, []byte("k")}, rawSection{SectionCmdline, nil}))
-	f.Add(signedEIF(f, p384, func(*signedParts) {}))
+	goldens, err := filepath.Glob("testdata/aws/*.eif")
+	if err != nil || len(goldens) == 0 {
+		f.Fatalf("no goldens, %v", err)
+	}
+	for _, name := range goldens {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= headerSize {
 			fixCRC(b) // or hardly any input would pass
