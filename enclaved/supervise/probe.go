@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"net"
 	"net/http"
 	"net/url"
 	"strconv"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -31,17 +33,55 @@ const (
 
 // probe is one probe of the manifest with its last answer.
 type probe struct {
-	spec  *workload.Probe
-	turn  chan struct{} // holds one token: who has it may run the probe and touch what follows
+	spec *workload.Probe
+	// turns hold one token each: who has it may run the probe. Which one it is depends on the time limit, so that
+	// nobody waits for a run that may take more than twice as long as their own. Everybody who reaches the pod can
+	// ask, with any limit, and a run that hangs must not hold up the kubelet's.
+	turns [classes]chan struct{}
+
+	mu    sync.Mutex
 	last  *channel.ProbeResponse
-	at    time.Time
+	at    time.Time     // from when on it holds
 	limit time.Duration // how long last could take
 }
 
+// classes is one more than the bits of the longest time limit in seconds.
+const classes = 10
+
 func newProbe(p *workload.Probe) *probe {
-	n := &probe{spec: p, turn: make(chan struct{}, 1)}
-	n.turn <- struct{}{}
+	n := &probe{spec: p}
+	for i := range n.turns {
+		n.turns[i] = make(chan struct{}, 1)
+		n.turns[i] <- struct{}{}
+	}
 	return n
+}
+
+// turn is the one for a time limit of at most channel.MaxProbeTimeout.
+func (p *probe) turn(timeout time.Duration) chan struct{} {
+	return p.turns[bits.Len(uint(timeout/time.Second))]
+}
+
+// kept returns the last answer if it is one to a request with this time limit, and young enough.
+func (p *probe) kept(timeout, age time.Duration) *channel.ProbeResponse {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	// A failure within less time than this request allows may be a stranger's: it must not fail the kubelet's
+	// probe.
+	if p.last == nil || !p.last.GetOk() && timeout > p.limit || time.Since(p.at) >= age {
+		return nil
+	}
+	return p.last
+}
+
+// keep remembers an answer. A failure says nothing of the time since the run began.
+func (p *probe) keep(answer *channel.ProbeResponse, began time.Time, limit time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last, p.at, p.limit = answer, began, limit
+	if answer.GetOk() {
+		p.at = time.Now()
+	}
 }
 
 func probesOf(m *workload.Manifest) map[channel.ProbeKind]*workload.Probe {
@@ -75,19 +115,18 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	if e.hasEnded() {
 		return &channel.ProbeResponse{Message: "the workload has ended"}, nil
 	}
+	timeout := min(time.Duration(r.GetTimeoutMs())*time.Millisecond, channel.MaxProbeTimeout)
+	turn := p.turn(timeout)
 	select {
-	case <-p.turn:
-		defer func() { p.turn <- struct{}{} }()
+	case <-turn:
+		defer func() { turn <- struct{}{} }()
 	case <-ctx.Done():
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	timeout := time.Duration(r.GetTimeoutMs()) * time.Millisecond
-	// Everybody who reaches the pod can ask. A failure within less time than this request allows may be
-	// theirs: it must not fail the kubelet's probe.
-	fits := p.last != nil && (p.last.GetOk() || timeout <= p.limit)
-	if fits && time.Since(p.at) < time.Duration(r.GetMaxAgeMs())*time.Millisecond {
-		return p.last, nil
+	if last := p.kept(timeout, time.Duration(r.GetMaxAgeMs())*time.Millisecond); last != nil {
+		return last, nil
 	}
+	began := time.Now()
 	run, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
 	defer cancel()
 	err := p.run(run, w)
@@ -98,7 +137,7 @@ func (e *Enclave) Probe(ctx context.Context, r *channel.ProbeRequest) (*channel.
 	if err != nil {
 		answer.Message = err.Error()
 	}
-	p.last, p.at, p.limit = answer, time.Now(), timeout
+	p.keep(answer, began, timeout)
 	return answer, nil
 }
 

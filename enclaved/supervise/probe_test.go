@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"cloister.dev/cloister/enclaved/supervise/process"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/workload"
 )
@@ -172,6 +173,56 @@ func TestTCPAndGRPCProbe(t *testing.T) {
 				t.Errorf("got %v, want %q", err, test.err)
 			}
 		})
+	}
+}
+
+// TestHeldProbe: a stranger whose run hangs, with all the time that there is, does not hold up the kubelet's, and
+// its end is no answer for the kubelet.
+func TestHeldProbe(t *testing.T) {
+	hung := make(chan struct{})
+	var calls atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if calls.Add(1) == 1 {
+			close(hung)
+			<-r.Context().Done()
+		}
+	}))
+	defer server.Close()
+	kind := channel.ProbeKind_PROBE_KIND_LIVENESS
+	p := newProbe(&workload.Probe{HTTP: &workload.HTTPGet{Port: uint32(server.Listener.Addr().(*net.TCPAddr).Port)}})
+	e := &Enclave{probes: map[channel.ProbeKind]*probe{kind: p}, process: &process.Process{}}
+	ask := func(ctx context.Context, timeout, age time.Duration) (*channel.ProbeResponse, error) {
+		return e.Probe(ctx, &channel.ProbeRequest{Kind: kind, TimeoutMs: uint32(timeout.Milliseconds()), MaxAgeMs: uint32(age.Milliseconds())})
+	}
+	stranger, leave := context.WithCancel(t.Context())
+	left := make(chan error)
+	go func() {
+		_, err := ask(stranger, 24*time.Hour, 0)
+		left <- err
+	}()
+	<-hung
+	for _, timeout := range []time.Duration{time.Second, 10 * time.Second, channel.MaxProbeTimeout / 2} {
+		if r, err := ask(t.Context(), timeout, 0); err != nil || !r.GetOk() {
+			t.Errorf("with %s: %v, %v", timeout, r, err)
+		}
+	}
+	// Who asks for as long as the stranger waits for its turn.
+	waiting, giveUp := context.WithCancel(t.Context())
+	giveUp()
+	if r, err := ask(waiting, channel.MaxProbeTimeout, 0); err == nil {
+		t.Errorf("two runs of one kind: %v", r)
+	}
+	leave()
+	if err := <-left; err == nil {
+		t.Error("the stranger got an answer")
+	}
+
+	p.keep(&channel.ProbeResponse{Message: "no answer within 5m0s"}, time.Now().Add(-channel.MaxProbeTimeout), channel.MaxProbeTimeout)
+	if r := p.kept(time.Second, 5*time.Second); r != nil {
+		t.Errorf("what began 5 minutes ago counts as %v", r)
+	}
+	if r := p.kept(time.Second, time.Hour); r == nil {
+		t.Error("no failure is kept")
 	}
 }
 

@@ -397,8 +397,9 @@ func TestProbes(t *testing.T) {
 	check("flood", "/probe/liveness?period=0s", 400)
 	check("flood", "/probe/liveness?period=999ms", 400)
 	check("flood", "/probe/readiness?timeout=1ms", 400)
+	check("too long", "/probe/readiness?timeout=24h", 503)
 	check("other", "/probe/exec", 404)
-	if len(asked) != 4 || asked[0].GetKind() != channel.ProbeKind_PROBE_KIND_LIVENESS || asked[0].GetTimeoutMs() != 3000 || asked[0].GetMaxAgeMs() != 10_000 ||
+	if len(asked) != 5 || asked[4].GetTimeoutMs() != 300_000 || asked[0].GetKind() != channel.ProbeKind_PROBE_KIND_LIVENESS || asked[0].GetTimeoutMs() != 3000 || asked[0].GetMaxAgeMs() != 10_000 ||
 		asked[1].GetKind() != channel.ProbeKind_PROBE_KIND_READINESS || asked[1].GetTimeoutMs() != 1000 || asked[1].GetMaxAgeMs() != 5000 {
 		t.Errorf("the enclave was asked: %v", asked)
 	}

@@ -25,7 +25,7 @@ const (
 //	GET /probe/liveness?timeout=1s&period=10s&delay=5s
 //	GET /probe/readiness?…
 //
-// The probe itself runs inside the enclave. Timeout is how long it may take; an answer younger than half
+// The probe itself runs inside the enclave. Timeout is how long it may take, at most 5 minutes; an answer younger than half
 // a period is used again; delay counts from the workload's start, not from the pod's. Until then the
 // workload is alive, but not ready. The body of a failure is one sentence, never the workload's.
 func (c *Console) Handler() http.Handler {
@@ -46,6 +46,7 @@ func (c *Console) probe(kind channel.ProbeKind, early int) http.HandlerFunc {
 			http.Error(w, p.err.Error(), http.StatusBadRequest)
 			return
 		}
+		timeout = min(timeout, channel.MaxProbeTimeout)
 		switch running, started := c.running(); {
 		case !started:
 			http.Error(w, "the workload has not been started", early)

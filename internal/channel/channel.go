@@ -27,6 +27,10 @@ const (
 	// MaxMessage bounds one message in bytes, here and on the pod socket: all that the host may supply fits,
 	// with the encoding of its many parts.
 	MaxMessage = workload.MaxHostValues + 4<<20
+
+	// MaxProbeTimeout is the longest that one run of a probe may take, whoever asks for it. Kubernetes sets no
+	// limit to timeoutSeconds, and a probe is answered in seconds.
+	MaxProbeTimeout = 5 * time.Minute
 )
 
 // ServeEnclave exchanges the heartbeat on c, registers with register and serves gRPC on c until c

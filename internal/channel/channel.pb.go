@@ -1069,7 +1069,7 @@ func (x *Exited) GetTerminationMessage() []byte {
 type ProbeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  ProbeKind              `protobuf:"varint,1,opt,name=kind,proto3,enum=cloister.channel.v1.ProbeKind" json:"kind,omitempty"`
-	// How long the probe may take.
+	// How long the probe may take, at most MaxProbeTimeout.
 	TimeoutMs uint32 `protobuf:"varint,2,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
 	// An answer younger than this is reused.
 	MaxAgeMs      uint32 `protobuf:"varint,3,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"`
