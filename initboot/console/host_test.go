@@ -65,8 +65,10 @@ func TestValues(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := Supplied{
-		Environ: []string{"CLOISTER_ENV_A=1=2", "PATH=/x", "CLOISTER_FROM_DB_HOST=\xff", "CLOISTER_ENV_EMPTY=", "CLOISTER_MOUNTS=[]", "FOO_SERVICE_HOST=10.0.0.1", "GODEBUG=x"},
-		Mounts:  []string{v.dir, shared, dir + "/key"},
+		Environ: []string{"CLOISTER_env_A=1=2", "PATH=/x", "CLOISTER_from_DB_HOST=\xff", "CLOISTER_env_EMPTY=", "CLOISTER_MOUNTS=[]", "FOO_SERVICE_HOST=10.0.0.1", "GODEBUG=x",
+			// of Services cloister, cloister-env-x and cloister-from-x
+			"CLOISTER_PORT=tcp://10.0.0.1:80", "CLOISTER_ENV_X_SERVICE_HOST=10.0.0.1", "CLOISTER_ENV_X_PORT_80_TCP=tcp://10.0.0.1:80", "CLOISTER_FROM_X_SERVICE_PORT=80"},
+		Mounts: []string{v.dir, shared, dir + "/key"},
 	}
 	got, err := s.Values()
 	if err != nil {
@@ -156,7 +158,7 @@ func TestUpdates(t *testing.T) {
 			i := newInitboot(t, hold)
 			i.driver.Update = u.update
 			i.start(t)
-			s := Supplied{Environ: []string{"CLOISTER_ENV_A=x"}, Mounts: []string{v.dir, shared, dir + "/key"}, Poll: time.Hour}
+			s := Supplied{Environ: []string{"CLOISTER_env_A=x"}, Mounts: []string{v.dir, shared, dir + "/key"}, Poll: time.Hour}
 			if !watched {
 				s.Poll = 10 * time.Millisecond
 				s.watcher = func() (*fsnotify.Watcher, error) { return nil, syscall.EMFILE }

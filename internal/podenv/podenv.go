@@ -20,10 +20,12 @@ const (
 )
 
 // Environment of the console. What the kubelet resolves for the workload stands there under names that mean
-// nothing to the console itself, to its runtime and to whatever else sets variables in a container.
+// nothing to the console itself, to its runtime and to whatever else sets variables in a container. The kubelet
+// sets some for each Service of the namespace, all in upper case: a Service "cloister-env-x" makes a
+// CLOISTER_ENV_X_SERVICE_HOST (k8s.io/kubernetes/pkg/kubelet/envvars).
 const (
-	EnvValue = EnvPrefix + "ENV_"  // and the name of a variable of the pod's env
-	EnvFrom  = EnvPrefix + "FROM_" // and the name of a variable of its envFrom
+	EnvValue = EnvPrefix + "env_"  // and the name of a variable of the pod's env
+	EnvFrom  = EnvPrefix + "from_" // and the name of a variable of its envFrom
 
 	EnvMounts = EnvPrefix + "MOUNTS" // JSON array of paths whose files the workload gets; unset for none
 )

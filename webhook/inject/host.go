@@ -23,9 +23,9 @@ import (
 //
 //	pod                    manifest                console
 //	env, a value           env, the value          –
-//	env, a valueFrom       env, the name           env, CLOISTER_ENV_<name> and the valueFrom
-//	  resourceFieldRef     env, the name           env, CLOISTER_ENV_<name> and the value, made of what the author wrote
-//	envFrom                envFrom: true           envFrom, with the prefix CLOISTER_FROM_<prefix>
+//	env, a valueFrom       env, the name           env, CLOISTER_env_<name> and the valueFrom
+//	  resourceFieldRef     env, the name           env, CLOISTER_env_<name> and the value, made of what the author wrote
+//	envFrom                envFrom: true           envFrom, with the prefix CLOISTER_from_<prefix>
 //	mount of a ConfigMap … mounts, the path        the mount, at the same path, and CLOISTER_MOUNTS
 //
 // The names keep the workload's variables apart from what the console's own runtime reads, from the

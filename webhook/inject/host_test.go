@@ -40,23 +40,23 @@ func TestSecondPassOfHost(t *testing.T) {
 		}},
 		"variable lost": {
 			pod: "host-supplied-env", change: func(p *corev1.Pod) { console(p).Env = console(p).Env[1:] },
-			denied: "CLOISTER_ENV_HOST, which was injected, is gone",
+			denied: "CLOISTER_env_HOST, which was injected, is gone",
 		},
 		"variable twice": {
 			pod: "host-supplied-env", change: func(p *corev1.Pod) { console(p).Env = append(console(p).Env, console(p).Env[0]) },
-			denied: "CLOISTER_ENV_HOST is not what is injected",
+			denied: "CLOISTER_env_HOST is not what is injected",
 		},
 		"variable added": {
 			pod: "host-supplied-env", change: func(p *corev1.Pod) {
-				console(p).Env = append(console(p).Env, corev1.EnvVar{Name: "CLOISTER_ENV_LD_PRELOAD", Value: "/evil.so"})
+				console(p).Env = append(console(p).Env, corev1.EnvVar{Name: "CLOISTER_env_LD_PRELOAD", Value: "/evil.so"})
 			},
-			denied: "CLOISTER_ENV_LD_PRELOAD is not what is injected",
+			denied: "CLOISTER_env_LD_PRELOAD is not what is injected",
 		},
 		"variable of envFrom added": {
 			pod: "host-supplied-env", change: func(p *corev1.Pod) {
-				console(p).Env = append(console(p).Env, corev1.EnvVar{Name: "CLOISTER_FROM_X", Value: "x"})
+				console(p).Env = append(console(p).Env, corev1.EnvVar{Name: "CLOISTER_from_X", Value: "x"})
 			},
-			denied: "CLOISTER_FROM_X is not what is injected",
+			denied: "CLOISTER_from_X is not what is injected",
 		},
 		"envFrom lost": {
 			pod: "host-supplied-env", change: func(p *corev1.Pod) { console(p).EnvFrom = nil },
@@ -68,7 +68,7 @@ func TestSecondPassOfHost(t *testing.T) {
 		},
 		"envFrom where there was none": {
 			pod: "host-supplied-files", change: func(p *corev1.Pod) {
-				console(p).EnvFrom = []corev1.EnvFromSource{{Prefix: "CLOISTER_FROM_", ConfigMapRef: &corev1.ConfigMapEnvSource{}}}
+				console(p).EnvFrom = []corev1.EnvFromSource{{Prefix: "CLOISTER_from_", ConfigMapRef: &corev1.ConfigMapEnvSource{}}}
 			},
 			denied: "it could set variables that begin with CLOISTER_",
 		},
