@@ -104,6 +104,15 @@ func CheckHostPath(p string) error {
 	return nil
 }
 
+// CheckHostHome says why nothing of the host can be mounted at p if home is the home directory of the workload's
+// user, both clean absolute paths: programs read what they run from there.
+func CheckHostHome(p, home string) error {
+	if home == p || strings.HasPrefix(home, p+"/") {
+		return fmt.Errorf("%s is or holds %s, the workload's home directory (HOME), and the host cannot supply it: mount it at a path of its own, such as /etc/app", p, home)
+	}
+	return nil
+}
+
 // validateHost checks what the host supplies: names of variables and paths of mounts.
 func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...string)) {
 	names, supplied := make(map[string]int, len(m.Env)), map[string]bool{}
@@ -151,6 +160,14 @@ func (m *Manifest) validateHost(bad func(string, ...any), text func(string, ...s
 		}
 		if err := CheckHostPath(v.Path); err != nil {
 			bad("mount: %w", err)
+		}
+		// Most homes are known inside alone: from the image's accounts, or from variables.
+		for _, e := range m.Env {
+			if e.Name == "HOME" && path.IsAbs(e.Value) && !strings.Contains(e.Value, "$") {
+				if err := CheckHostHome(v.Path, path.Clean(e.Value)); err != nil {
+					bad("mount: %w", err)
+				}
+			}
 		}
 		if v.ReadOnly || v.SizeLimit != 0 {
 			bad("mount %q: readOnly and sizeLimit must be left out: what the host supplies is always read-only", v.Path)

@@ -80,6 +80,8 @@ func TestHostValues(t *testing.T) {
 		"hostEnv without need":   {func(m *Manifest) { m.HostEnv = []string{"A", "LD_PRELOAD"} }, `hostEnv "A" must be left out`},
 		"hostEnv without a use":  {func(m *Manifest) { m.EnvFrom = false }, `hostEnv "PATH" must be left out`},
 		"mount over the system":  {func(m *Manifest) { m.Mounts[0].Path = "/etc/ssl/certs" }, "/etc/ssl/certs belongs to the system"},
+		"mount at HOME":          {func(m *Manifest) { m.Env[1] = EnvVar{Name: "HOME", Value: "/etc/app/"} }, "/etc/app is or holds /etc/app, the workload's home directory"},
+		"mount above HOME":       {func(m *Manifest) { m.Env[1] = EnvVar{Name: "HOME", Value: "/etc/app/of/it"} }, "/etc/app is or holds /etc/app/of/it"},
 		"readOnly of a host's":   {func(m *Manifest) { m.Mounts[0].ReadOnly = true }, "readOnly and sizeLimit must be left out"},
 		"subPath leads out":      {func(m *Manifest) { m.Mounts[1].SubPath = "../key" }, "must be relative and clean"},
 		"subPath absolute":       {func(m *Manifest) { m.Mounts[1].SubPath = "/key" }, "must be relative and clean"},

@@ -459,6 +459,13 @@ func hostAccess(m *workload.Manifest) []string {
 		out = append(out, "the host can read and change: every variable that env does not list (envFrom)")
 	}
 	out = append(out, enumerate("the host can change what is run or trusted, by env ", m.HostEnv)...)
+	for _, p := range paths {
+		// Only what the pod says: the image's own working directory is not known here.
+		if wd := path.Clean(m.WorkingDir); wd == p || strings.HasPrefix(wd, p+"/") {
+			out = append(out, enumerate("the host can change what is run or trusted, by files at the workingDir ", []string{wd})...)
+			break
+		}
+	}
 	return append(out, enumerate("the host can read and change: files at ", paths)...)
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"cloister.dev/cloister/webhook/annotation"
 	"cloister.dev/cloister/webhook/config"
@@ -182,5 +183,43 @@ func TestEnumerate(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// TestHostMountsOfHomes: files of the host in the home directory are refused, and those in the working directory
+// are spoken of.
+func TestHostMountsOfHomes(t *testing.T) {
+	const warning = "the host can change what is run or trusted, by files at the workingDir "
+	for name, tc := range map[string]struct {
+		home, dir       string
+		denied, warning string
+	}{
+		"neither":              {home: "/srv/app2", dir: "/srv"},
+		"home":                 {home: "/srv/app", denied: "/srv/app is or holds /srv/app, the workload's home directory"},
+		"home below":           {home: "/srv/app/home/", denied: "/srv/app is or holds /srv/app/home, the workload's home directory"},
+		"home by a variable":   {home: "/srv/$(A)", dir: "/srv/app2"},
+		"workingDir":           {dir: "/srv/app", warning: warning + "/srv/app"},
+		"workingDir below":     {dir: "/srv/app/bin", warning: warning + "/srv/app/bin"},
+		"workingDir elsewhere": {dir: "/srv/apps"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := corev1.Container{
+				Name: "a", Image: "a@sha256:" + strings.Repeat("ab", 32), WorkingDir: tc.dir,
+				VolumeMounts: []corev1.VolumeMount{{Name: "v", MountPath: "/srv/app"}},
+			}
+			if tc.home != "" {
+				c.Env = []corev1.EnvVar{{Name: "HOME", Value: tc.home}}
+			}
+			v := corev1.Volume{Name: "v", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{}}}
+			meta := &metav1.ObjectMeta{Annotations: map[string]string{annotation.Enclave: "a"}}
+			_, _, warnings, errs := Derive(meta, &corev1.PodSpec{Containers: []corev1.Container{c}, Volumes: []corev1.Volume{v}})
+			if got := sentences(errs); !strings.Contains(got, tc.denied) || (got != "") != (tc.denied != "") {
+				t.Errorf("denied with %q, want %q", got, tc.denied)
+			}
+			got := slices.DeleteFunc(warnings, func(w string) bool { return !strings.HasPrefix(w, warning) })
+			if strings.Join(got, "") != tc.warning {
+				t.Errorf("warnings %q, want %q", got, tc.warning)
+			}
+		})
 	}
 }

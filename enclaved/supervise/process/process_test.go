@@ -252,13 +252,20 @@ func TestRestricted(t *testing.T) {
 }
 
 // TestHostMount: the host's files lie where the manifest says, also behind a link of the image, but never over the
-// system by way of one.
+// system by way of one, or over the home directory.
 func TestHostMount(t *testing.T) {
-	for name, tt := range map[string]struct{ link, to, mount, refused string }{
+	for name, tt := range map[string]struct{ link, to, mount, refused, home string }{
 		"no link":                    {mount: "/srv/deep/app"},
 		"a link":                     {link: "srv", to: "/mnt", mount: "/srv/app"},
-		"below a link to the system": {link: "mnt/config", to: "/etc", mount: "/mnt/config/ssl/certs", refused: "/etc/ssl/certs"},
-		"a link to the system":       {link: "mnt/certs", to: "../etc", mount: "/mnt/certs", refused: "/etc"},
+		"below a link to the system": {link: "mnt/config", to: "/etc", mount: "/mnt/config/ssl/certs", refused: "/etc/ssl/certs belongs to the system"},
+		"a link to the system":       {link: "mnt/certs", to: "../etc", mount: "/mnt/certs", refused: "/etc belongs to the system"},
+		"the home directory":         {mount: "/srv/app", home: "/srv/app/", refused: "/srv/app is or holds /srv/app, the workload's home directory"},
+		"above the home directory":   {mount: "/srv/app", home: "/srv/app/of/it", refused: "the workload's home directory"},
+		"below the home directory":   {mount: "/srv/app", home: "/srv"},
+		"beside the home directory":  {mount: "/srv/app", home: "/srv/app2"},
+		"a home behind a link":       {link: "srv", to: "mnt", mount: "/mnt/app", home: "/srv/app", refused: "the workload's home directory"},
+		"a home below a file":        {mount: "/srv/app", home: "/app/home"},
+		"a home that is relative":    {mount: "/srv/app", home: "srv/app", refused: "the workload's home directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root, source := newImage(t), t.TempDir()
@@ -272,9 +279,13 @@ func TestHostMount(t *testing.T) {
 			}
 			m := manifest("/app", "put", "text", tt.mount+"/file")
 			m.Mounts = []workload.Mount{{Path: tt.mount, Kind: workload.MountHost}}
-			s, err := startWith(t, root, m, &image.Config{}, Bind{Source: source, Target: tt.mount, ReadOnly: true})
+			c := &image.Config{}
+			if tt.home != "" {
+				c.Env = []string{"HOME=" + tt.home}
+			}
+			s, err := startWith(t, root, m, c, Bind{Source: source, Target: tt.mount, ReadOnly: true})
 			if tt.refused != "" {
-				if err == nil || !strings.Contains(err.Error(), tt.refused+" belongs to the system") {
+				if err == nil || !strings.Contains(err.Error(), tt.refused) {
 					t.Errorf("got %v", err)
 				}
 				return

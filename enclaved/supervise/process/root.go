@@ -274,8 +274,8 @@ func userMounts(s *Spec, bind func(int) error) (bound map[int]bool, err error) {
 			if j < 0 {
 				return nil, fmt.Errorf("nothing is there to mount at %s", m.Path)
 			}
-			if err := checkHostMount(m.Path); err != nil {
-				return nil, err
+			if err := checkHostMount(m.Path, s.home()); err != nil {
+				return nil, fmt.Errorf("mount %s: %w", m.Path, err)
 			}
 			if err := bind(j); err != nil {
 				return nil, err
@@ -298,19 +298,39 @@ func userMounts(s *Spec, bind func(int) error) (bound map[int]bool, err error) {
 	return bound, nil
 }
 
-// checkHostMount refuses a mount of the host's at a path that a link of the image leads to the system.
-func checkHostMount(target string) error {
+// checkHostMount refuses a mount of the host's over the system or the home directory, also at a path that a link
+// of the image leads there.
+func checkHostMount(target, home string) error {
+	real, err := realPath(target)
+	if err != nil {
+		return err
+	}
+	if err := workload.CheckHostPath(real); err != nil {
+		return err
+	}
+	return workload.CheckHostHome(real, home)
+}
+
+// home is the home directory. One that cannot be resolved is none that a program could use.
+func (s *Spec) home() string {
+	home, _ := (&environment{s.Env}).get("HOME")
+	if !filepath.IsAbs(home) {
+		home = filepath.Join(s.Dir, home)
+	}
+	home = filepath.Clean(home)
+	if real, err := realPath(home); err == nil {
+		return real
+	}
+	return home
+}
+
+// realPath is a clean path without links, of which the end need not exist.
+func realPath(p string) (string, error) {
 	rest := ""
-	for dir := target; ; dir = filepath.Dir(dir) {
+	for dir := p; ; dir = filepath.Dir(dir) {
 		real, err := filepath.EvalSymlinks(dir)
-		switch {
-		case err == nil:
-			if err := workload.CheckHostPath(filepath.Join(real, rest)); err != nil {
-				return fmt.Errorf("mount %s: %w", target, err)
-			}
-			return nil
-		case !errors.Is(err, fs.ErrNotExist):
-			return fmt.Errorf("mount %s: %w", target, err)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return filepath.Join(real, rest), err
 		}
 		rest = filepath.Join(filepath.Base(dir), rest)
 	}
