@@ -30,8 +30,7 @@ func newRoot() *cobra.Command {
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	root.AddCommand(newMeasure(), newBuild(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
-	root.AddCommand(newSign(), newVerify())
+	root.AddCommand(newMeasure(), newSign(), newVerify(), newBuild(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
 	return root
 }
 

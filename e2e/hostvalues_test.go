@@ -13,7 +13,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// hostObjects makes the ConfigMap "settings" and the Secret "keys" of hostPod.
+// hostObjects makes the ConfigMap "settings" and the Secret "keys" of hostPod, and Services for each of which the
+// kubelet sets variables whose names look like ours on the console.
 func (ns *namespace) hostObjects(t *testing.T) {
 	t.Helper()
 	settings := &corev1.ConfigMap{
@@ -26,6 +27,12 @@ func (ns *namespace) hostObjects(t *testing.T) {
 	}
 	if _, err := ns.kube.CoreV1().Secrets(ns.name).Create(t.Context(), keys, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range []string{"cloister-env-x", "cloister-from-x"} {
+		s := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}}}
+		if _, err := ns.kube.CoreV1().Services(ns.name).Create(t.Context(), s, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -104,7 +111,7 @@ func TestHostValues(t *testing.T) {
 		for name, want := range map[string]string{
 			"HOST": "db.example", "BOTH": "pod", "FROM": "keys", "SECRET_FROM": "keys", "SECRET_password": "open sesame",
 			"DB": "db.example", "PASSWORD": "open sesame", "POD": p.Name, "IP": p.Status.PodIP, "MEMORY": "128",
-			"URL": "https://db.example/" + p.Name + "/db.example/$(POD)", "KUBERNETES_SERVICE_HOST": "", "HOSTNAME": "enclave",
+			"URL": "https://db.example/" + p.Name + "/db.example/$(POD)", "KUBERNETES_SERVICE_HOST": "", "X_SERVICE_HOST": "", "HOSTNAME": "enclave",
 		} {
 			if got := c.answer(t, addr, set, "/env?name="+name); got != want {
 				t.Errorf("%s: %s is %q, want %q", p.Name, name, got, want)
