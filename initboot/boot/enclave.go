@@ -73,6 +73,7 @@ type step struct {
 var steps = []step{
 	{"read the configuration", (*enclave).checkConfig},
 	{"check the enclave image", (*enclave).checkImage},
+	{"prepare the enclave", (*enclave).prepare},
 	{"open the enclave's host ports", (*enclave).openPorts},
 	{"start the enclave", (*enclave).start},
 	{"hear from the enclave", (*enclave).connect},
@@ -163,8 +164,13 @@ func (e *enclave) checkSealed(image *eif.Reader) error {
 	return nil
 }
 
-// openPorts binds every port that the enclave will dial, before it can dial.
-func (e *enclave) openPorts() error {
+// image is what the enclave is booted from.
+func (e *enclave) image() driver.Image {
+	return driver.Image{EIF: e.cfg.EIF, Memory: e.cfg.Memory, Console: e.cfg.Console}
+}
+
+// prepare does what can be done before the enclave's host ports are bound.
+func (e *enclave) prepare() error {
 	var err error
 	if e.driver, err = e.cfg.Driver.Create(e.generation); err != nil {
 		return err
@@ -174,6 +180,14 @@ func (e *enclave) openPorts() error {
 			e.cfg.Log.Error("stop enclave", "generation", e.generation, "error", err)
 		}
 	})
+	if p, ok := e.driver.(driver.Preparer); ok {
+		return p.Prepare(e.image())
+	}
+	return nil
+}
+
+// openPorts binds every port that the enclave will dial, before it can dial.
+func (e *enclave) openPorts() error {
 	if err := e.listenControl(); err != nil {
 		return err
 	}
@@ -253,8 +267,7 @@ func (e *enclave) listenAny() (net.Listener, uint32, error) {
 }
 
 func (e *enclave) start() error {
-	err := e.driver.Start(e.ctx, driver.Image{EIF: e.cfg.EIF, Memory: e.cfg.Memory, Console: e.cfg.Console})
-	if err != nil {
+	if err := e.driver.Start(e.ctx, e.image()); err != nil {
 		return err
 	}
 	go func() { e.lose(e.driver.Wait()) }()

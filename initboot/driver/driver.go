@@ -35,6 +35,13 @@ type Enclave interface {
 	Stop() error
 }
 
+// Preparer is an Enclave that takes its share of the node, and the image into it, before it is started. Host ports
+// are bound between the two: where they are the node's, they are not held while pages are zeroed.
+type Preparer interface {
+	// Prepare is called at most once, before Start and with the same image.
+	Prepare(image Image) error
+}
+
 // Image is what an enclave is booted from.
 type Image struct {
 	// EIF is the path of the enclave image file.

@@ -49,15 +49,17 @@ type Driver struct {
 	Log       *slog.Logger
 }
 
-// Create takes nothing from the node.
+// Create takes nothing from the node. What it returns is a driver.Preparer.
 func (d Driver) Create(uint64) (driver.Enclave, error) {
-	return &enclave{driver: d, ended: make(chan struct{})}, nil
+	return &enclave{driver: d, hasCID: make(chan struct{}), ended: make(chan struct{})}, nil
 }
 
 // enclave is a driver.Enclave.
 type enclave struct {
 	driver Driver
-	cid    atomic.Uint32 // 0 before the start
+
+	hasCID chan struct{} // closed with the start
+	cid    uint32        // since then
 
 	mu     sync.Mutex
 	fd     uintptr  // of vm
@@ -71,46 +73,24 @@ type enclave struct {
 }
 
 // Target is where the enclave's ports are dialled once it has been started.
-func (e *enclave) Target() string { return e.driver.Transport.Target(e.cid.Load()) }
+func (e *enclave) Target() string { return e.driver.Transport.Target(e.cid) }
 
-// Listen binds a port of the host. Every process of the node, and every other enclave, can connect to it, but
-// Accept returns the enclave's own connections only, and none before the start.
+// Listen binds a port of the host, of which Accept returns the enclave's own connections only.
 func (e *enclave) Listen(port uint32) (net.Listener, error) {
 	l, err := e.driver.Transport.Listen(port)
 	if err != nil {
 		return nil, err
 	}
-	return &listener{Listener: l, enclave: e, port: port}, nil
-}
-
-type listener struct {
-	net.Listener
-	enclave *enclave
-	port    uint32
-}
-
-func (l *listener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		cid, err := l.enclave.driver.Transport.PeerCID(c)
-		if err == nil && cid != 0 && cid == l.enclave.cid.Load() {
-			return c, nil
-		}
-		c.Close()
-		l.enclave.driver.Log.Debug("a stranger's connection was refused", "port", l.port, "cid", cid, "error", err)
-	}
+	return newListener(e, l, port), nil
 }
 
 // minRatio is how many times the size of its EIF an enclave's memory should be at least, as nitro-cli asks:
 // the EIF, the kernel's copy of its ramdisks, and what is unpacked from them lie in it.
 const minRatio = 4
 
-// Start makes the enclave and returns when the hypervisor has started it. Its memory is what the image says
+// Prepare makes the enclave and gives it memory, with the EIF in it, and vCPUs. Its memory is what the image says
 // and podenv.NitroOverhead, as the webhook has requested, rounded up to huge pages.
-func (e *enclave) Start(ctx context.Context, image driver.Image) error {
+func (e *enclave) Prepare(image driver.Image) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	file, err := os.Open(image.EIF)
@@ -136,17 +116,25 @@ func (e *enclave) Start(ctx context.Context, image driver.Image) error {
 		e.driver.Log.Warn("the enclave's memory is less than 4 times its EIF, so it may not boot: raise memory in cloister.dev/config, or the container's memory limit",
 			"memory", size, "eif", info.Size())
 	}
-	if err := e.load(file, info.Size()); err != nil {
-		return err
-	}
+	return e.load(file, info.Size())
+}
+
+// Start starts the enclave that Prepare has made, and returns when the hypervisor has.
+func (e *enclave) Start(ctx context.Context, _ driver.Image) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	if e.vm == nil {
+		return errors.New("the enclave was not prepared")
 	}
 	start := startInfo{}
 	if _, err := ioctl(e.fd, startEnclave, unsafe.Pointer(&start)); err != nil {
 		return err
 	}
-	e.cid.Store(uint32(start.cid))
+	e.cid = uint32(start.cid)
+	close(e.hasCID)
 	return e.watch()
 }
 

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -71,10 +73,21 @@ func launch(t *testing.T, n *nitroemu.Node, d Driver, image driver.Image) (drive
 			t.Error(err)
 		}
 	})
-	if trap := n.Do(func() { err = e.Start(t.Context(), image) }); trap != nil {
+	return e, begin(t, n, e, image)
+}
+
+// begin prepares and starts an enclave as initboot does.
+func begin(t *testing.T, n *nitroemu.Node, e driver.Enclave, image driver.Image) (err error) {
+	t.Helper()
+	trap := n.Do(func() {
+		if err = e.(driver.Preparer).Prepare(image); err == nil {
+			err = e.Start(t.Context(), image)
+		}
+	})
+	if trap != nil {
 		t.Fatal(trap)
 	}
-	return e, err
+	return err
 }
 
 const memory = 64<<20 - 2<<20 // so that it is rounded up to nothing
@@ -124,8 +137,11 @@ func TestStart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if trap := n.Do(func() { err = e.Start(t.Context(), image) }); trap != nil || err != nil {
-			t.Fatal(trap, err)
+		if err := e.Start(t.Context(), image); err == nil || err.Error() != "the enclave was not prepared" {
+			t.Errorf("Start without Prepare: %v", err)
+		}
+		if err := begin(t, n, e, image); err != nil {
+			t.Fatal(err)
 		}
 		if got, want := e.Target(), n.Ports.Target(want.CID); got != want {
 			t.Errorf("target %s, want %s", got, want)
@@ -304,25 +320,36 @@ func TestStrangers(t *testing.T) {
 	if _, err := e.Listen(9000); !errors.Is(err, unix.EADDRINUSE) {
 		t.Errorf("the port again: %v", err)
 	}
-	stranger := func(cid uint32) {
+	// refused waits until a connection is closed.
+	refused := func(c *net.UnixConn) {
+		t.Helper()
+		c.SetReadDeadline(time.Now().Add(30 * time.Second))
+		if b, err := io.ReadAll(c); err != nil || len(b) > 0 {
+			t.Errorf("a stranger reads %q, %v", b, err)
+		}
+		c.Close()
+	}
+	dial := func(cid uint32) *net.UnixConn {
+		t.Helper()
 		c, err := n.Ports.Dial(cid, 9000)
 		if err != nil {
-			t.Error(err)
-			return
+			t.Fatal(err)
 		}
-		t.Cleanup(func() { c.Close() })
+		return c
 	}
-	stranger(0)                // before there is an enclave
-	stranger(vsockemu.HostCID) // another pod
-	if trap := n.Do(func() { err = e.Start(t.Context(), driver.Image{EIF: drivertest.WriteEIF(t, ""), Memory: memory}) }); trap != nil || err != nil {
-		t.Fatal(trap, err)
+	// Before there is an enclave: more of another pod than a queue is long, and other enclaves'.
+	for range 5000 {
+		refused(dial(vsockemu.HostCID))
 	}
-	stranger(17) // another enclave
-	own, err := n.Ports.Dial(16, 9000)
-	if err != nil {
+	other := dial(17)
+	refused(dial(17))
+	defer dial(16).Close() // the hypervisor is sometimes faster than the device
+	if err := begin(t, n, e, driver.Image{EIF: drivertest.WriteEIF(t, ""), Memory: memory}); err != nil {
 		t.Fatal(err)
 	}
-	defer own.Close()
+	refused(other)
+	refused(dial(17))
+	refused(dial(0))
 	c, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -330,5 +357,14 @@ func TestStrangers(t *testing.T) {
 	defer c.Close()
 	if cid, err := n.Ports.PeerCID(c); err != nil || cid != 16 {
 		t.Errorf("accepted %d, %v", cid, err)
+	}
+	l.Close()
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+	if l, err = e.Listen(9000); err != nil {
+		t.Errorf("the port is not free after Close: %v", err)
+	} else {
+		l.Close()
 	}
 }
