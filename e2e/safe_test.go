@@ -27,6 +27,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"cloister.dev/cloister/webhook/inject"
 )
 
 // The webhook as manifests/webhook installs it.
@@ -37,34 +39,84 @@ const (
 	webhookConfig   = "00-cloister"
 )
 
-// stream is a steady stream of pods that the API server judges.
+// webhook is one revision of the webhook.
+type webhook struct {
+	*cluster
+	suffix string // of its objects' names; empty for the default revision
+}
+
+// install installs another revision of the webhook and removes it when the test ends.
+func (c *cluster) install(t *testing.T, rev string) webhook {
+	t.Helper()
+	w := webhook{c, "-" + rev}
+	t.Cleanup(func() {
+		if err := w.run("remove"); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := w.run(); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// run runs hack/install.sh for this revision.
+func (w webhook) run(args ...string) error {
+	cmd := exec.Command("../hack/install.sh", args...)
+	cmd.Env = append(cmd.Environ(), "REV="+strings.TrimPrefix(w.suffix, "-"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("install.sh %v: %w: %s", args, err, out)
+	}
+	return nil
+}
+
+// configure sets variables of the webhook's environment, NAME=VALUE.
+func (w webhook) configure(t *testing.T, env ...string) {
+	t.Helper()
+	output(t, "kubectl", append([]string{"-n", systemNamespace, "set", "env", "deployment/" + webhookName + w.suffix}, env...)...)
+	w.restarted(t)
+}
+
+// restarted waits until all of its replicas are new ones.
+func (w webhook) restarted(t *testing.T) {
+	t.Helper()
+	output(t, "kubectl", "-n", systemNamespace, "rollout", "status", "deployment/"+webhookName+w.suffix, "--timeout=120s")
+}
+
+// stream is a steady stream of pods that the API server judges, in one namespace.
 type stream struct {
-	stop func()
+	*namespace
+	asks, plain *corev1.Pod // asks for an enclave, and does not
+	stop        func()
 
 	mu                         sync.Mutex
-	injected, plain            int
+	injected, left             int
 	refused, wrong, uninjected []string
 }
 
-// stream submits two pods again and again, one that asks for an enclave and one that does not.
+// stream submits two pods again and again, one that asks for an enclave and one that does not. Both conform to
+// whatever Pod Security enforces.
 func (ns *namespace) stream(t *testing.T) *stream {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var group sync.WaitGroup
-	s := &stream{stop: sync.OnceFunc(func() { cancel(); group.Wait() })}
+	s := &stream{namespace: ns, asks: ns.appPod(t, "asks"), plain: ns.appPod(t, "plain"), stop: sync.OnceFunc(func() { cancel(); group.Wait() })}
 	t.Cleanup(s.stop)
-	asks, plain := ns.appPod(t, "asks"), ns.appPod(t, "plain")
-	plain.Annotations = nil
+	asked := s.asks.Annotations
+	s.asks.Annotations, s.plain.Annotations = nil, nil
+	conform(s.asks)
+	conform(s.plain)
+	s.asks.Annotations = asked
 	group.Go(func() {
 		tick := time.NewTicker(50 * time.Millisecond)
 		defer tick.Stop()
 		for {
-			for _, pod := range []*corev1.Pod{asks, plain} {
-				got, err := ns.kube.CoreV1().Pods(ns.name).Create(ctx, pod, dryRun)
+			for _, pod := range []*corev1.Pod{s.asks, s.plain} {
+				got, err := s.submit(ctx, pod)
 				if ctx.Err() != nil {
 					return
 				}
-				s.judge(pod == asks, got, err)
+				s.judge(pod == s.asks, got, err)
 			}
 			select {
 			case <-ctx.Done():
@@ -74,6 +126,11 @@ func (ns *namespace) stream(t *testing.T) *stream {
 		}
 	})
 	return s
+}
+
+// submit has the API server judge a pod.
+func (s *stream) submit(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
+	return s.kube.CoreV1().Pods(s.name).Create(ctx, pod, dryRun)
 }
 
 func (s *stream) judge(asks bool, got *corev1.Pod, err error) {
@@ -89,7 +146,7 @@ func (s *stream) judge(asks bool, got *corev1.Pod, err error) {
 	case isInjected(got):
 		s.wrong = append(s.wrong, got.String())
 	default:
-		s.plain++
+		s.left++
 	}
 }
 
@@ -99,148 +156,176 @@ func isInjected(pod *corev1.Pod) bool {
 	return len(i) >= 2 && i[0].Name == initbootContainer && i[1].Name == sidecarContainer && pod.Spec.Containers[0].Image == i[0].Image
 }
 
-// flows waits until n more pods of both kinds were admitted.
-func (s *stream) flows(t *testing.T, n int) {
+// streams are the streams that one webhook serves.
+type streams []*stream
+
+// flow waits until each has so many more pods of a kind.
+func (all streams) flow(t *testing.T, injected, left, refused int) {
 	t.Helper()
-	s.mu.Lock()
-	injected, plain := s.injected+n, s.plain+n
-	s.mu.Unlock()
-	eventually(t, 30*time.Second, "the stream flows", func() (bool, string) {
+	for _, s := range all {
 		s.mu.Lock()
-		defer s.mu.Unlock()
-		last := "none refused"
-		if n := len(s.refused); n > 0 {
-			last = s.refused[n-1]
-		}
-		return s.injected >= injected && s.plain >= plain, fmt.Sprintf("%d injected, %d plain, %d uninjected, %s", s.injected, s.plain, len(s.uninjected), last)
-	})
+		injected, left, refused := s.injected+injected, s.left+left, len(s.refused)+refused
+		s.mu.Unlock()
+		eventually(t, time.Minute, "the stream flows", func() (bool, string) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			last := "none refused"
+			if n := len(s.refused); n > 0 {
+				last = s.refused[n-1]
+			}
+			return s.injected >= injected && s.left >= left && len(s.refused) >= refused,
+				fmt.Sprintf("%d injected, %d plain, %d uninjected, %s", s.injected, s.left, len(s.uninjected), last)
+		})
+	}
 }
 
 // phase ends a phase: whatever went on, no pod came through without its enclave, and none was refused unless the
 // webhook was down. It returns the refusals.
-func (s *stream) phase(t *testing.T, name string, down bool) []string {
+func (all streams) phase(t *testing.T, name string, down bool) (refused []string) {
 	t.Helper()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t.Logf("%s: %d injected, %d plain, %d refused", name, s.injected, s.plain, len(s.refused))
-	if len(s.uninjected) > 0 {
-		t.Errorf("%s: %d pods were admitted without their enclave: %s", name, len(s.uninjected), s.uninjected[0])
+	for _, s := range all {
+		s.mu.Lock()
+		t.Logf("%s: %d injected, %d plain, %d refused", name, s.injected, s.left, len(s.refused))
+		if len(s.uninjected) > 0 {
+			t.Errorf("%s: %d pods were admitted without their enclave: %s", name, len(s.uninjected), s.uninjected[0])
+		}
+		if len(s.wrong) > 0 {
+			t.Errorf("%s: %d pods got an enclave that they had not asked for: %s", name, len(s.wrong), s.wrong[0])
+		}
+		if !down && len(s.refused) > 0 {
+			t.Errorf("%s: %d pods were refused: %s", name, len(s.refused), strings.Join(slices.Compact(s.refused), "\n"))
+		}
+		if !down && (s.injected == 0 || s.left == 0) {
+			t.Errorf("%s: no pods", name)
+		}
+		refused = append(refused, s.refused...)
+		s.injected, s.left, s.refused, s.wrong, s.uninjected = 0, 0, nil, nil, nil
+		s.mu.Unlock()
 	}
-	if len(s.wrong) > 0 {
-		t.Errorf("%s: %d pods got an enclave that they had not asked for: %s", name, len(s.wrong), s.wrong[0])
-	}
-	if !down && len(s.refused) > 0 {
-		t.Errorf("%s: %d pods were refused: %s", name, len(s.refused), strings.Join(slices.Compact(s.refused), "\n"))
-	}
-	if !down && (s.injected == 0 || s.plain == 0) {
-		t.Errorf("%s: no pods", name)
-	}
-	refused := s.refused
-	s.injected, s.plain, s.refused, s.wrong, s.uninjected = 0, 0, nil, nil, nil
 	return refused
 }
 
 // Its certificate authority is rotated, the webhook is rolled out, and it is down: under a steady stream of pods
-// none is refused that should pass, unless it is down, and none passes without its enclave.
+// none is refused that should pass, unless it is down, and none passes without its enclave. So it is with what the
+// development driver needs, which is a namespace without Pod Security, and with what Nitro hardware needs, where
+// baseline and restricted are enforced.
 func TestSafe(t *testing.T) {
 	c := e2e(t)
-	ns := c.namespace(t, true)
-	s := ns.stream(t)
-	s.flows(t, 5)
+	t.Run("privileged", func(t *testing.T) {
+		w := webhook{cluster: c}
+		w.safe(t, streams{c.namespace(t, true).stream(t)})
+	})
+	t.Run("baseline and restricted", func(t *testing.T) {
+		const rev = "nitro"
+		w := c.install(t, rev)
+		w.configure(t, "DRIVER=nitro", "DEVICE_GROUP=989")
+		var all streams
+		for _, level := range []string{"baseline", "restricted"} {
+			ns := c.labelled(t, map[string]string{inject.EnforceLabel: level, "cloister.dev/injection": "enabled", "cloister.dev/rev": rev})
+			eventually(t, 30*time.Second, "the revision takes the pods", func() (bool, string) {
+				_, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), c.appPod(t, "app"), dryRun)
+				return err == nil, fmt.Sprint(err)
+			})
+			all = append(all, ns.stream(t))
+		}
+		w.safe(t, all)
+	})
+}
 
-	first := c.signing(t)
-	aged := c.ageAuthority(t)
+func (w webhook) safe(t *testing.T, s streams) {
+	s.flow(t, 5, 5, 0)
+
+	first := w.signing(t)
+	aged := w.ageAuthority(t)
 	eventually(t, time.Minute, "the caBundle holds the next CA", func() (bool, string) {
-		n := len(c.caBundle(t))
+		n := len(w.caBundle(t))
 		return n >= 3, fmt.Sprint(n)
 	})
 	s.phase(t, "a new CA in the caBundle", false)
-	output(t, "kubectl", "-n", systemNamespace, "rollout", "restart", "deployment/"+webhookName)
-	output(t, "kubectl", "-n", systemNamespace, "rollout", "status", "deployment/"+webhookName, "--timeout=120s")
+	output(t, "kubectl", "-n", systemNamespace, "rollout", "restart", "deployment/"+webhookName+w.suffix)
+	w.restarted(t)
 	s.phase(t, "rollout in the middle of it", false)
 	eventually(t, 2*time.Minute, "every replica serves a certificate of the new CA", func() (bool, string) {
-		ca := c.signing(t)
+		ca := w.signing(t)
 		if ca.Equal(first) || ca.Equal(aged) {
 			return false, "it does not sign yet"
 		}
-		return c.servedBy(t, ca)
+		return w.servedBy(t, ca)
 	})
-	for pod, at := range c.metric(t, "certificate_expiry_timestamp_seconds") {
+	for pod, at := range w.metric(t, "certificate_expiry_timestamp_seconds") {
 		if left := time.Until(time.Unix(int64(at), 0)); left < 23*time.Hour || left > 24*time.Hour {
 			t.Errorf("%s says that its certificate expires in %s", pod, left)
 		}
 	}
 	s.phase(t, "CA rotated", false)
-	s.outage(t, ns)
+	w.outage(t, s)
 }
 
 // outage has no webhook for a while.
-func (s *stream) outage(t *testing.T, ns *namespace) {
+func (w webhook) outage(t *testing.T, s streams) {
 	t.Helper()
-	scale := func(n int) { ns.scaleWebhook(t, n) }
 	t.Cleanup(func() {
 		if t.Failed() {
-			ns.failurePolicy(t, admissionregv1.Fail)
-			scale(2)
+			w.failurePolicy(t, admissionregv1.Fail)
+			w.scale(t, 2)
 		}
 	})
-	scale(0)
-	plain := ns.appPod(t, "plain")
-	plain.Annotations = nil
-	create := func(pod *corev1.Pod) error {
-		_, err := ns.kube.CoreV1().Pods(ns.name).Create(t.Context(), pod, dryRun)
-		return err
+	// each waits until a pod fares so in every namespace.
+	each := func(what string, pod func(*stream) *corev1.Pod, fares func(error) bool) {
+		t.Helper()
+		for _, s := range s {
+			eventually(t, time.Minute, what, func() (bool, string) {
+				_, err := s.submit(t.Context(), pod(s))
+				return fares(err), fmt.Sprint(err)
+			})
+		}
 	}
-	eventually(t, time.Minute, "the webhook is down", func() (bool, string) {
-		err := create(plain)
-		return err != nil && strings.Contains(err.Error(), "failed calling webhook"), fmt.Sprint(err)
+	plain := func(s *stream) *corev1.Pod { return s.plain }
+	asks := func(s *stream) *corev1.Pod { return s.asks }
+	passes := func(err error) bool { return err == nil }
+	w.scale(t, 0)
+	each("the webhook is down", plain, func(err error) bool {
+		return err != nil && strings.Contains(err.Error(), "failed calling webhook")
 	})
 	s.phase(t, "outage", true)
 
 	// Somebody helps himself.
-	ns.failurePolicy(t, admissionregv1.Ignore)
-	eventually(t, time.Minute, "pods that ask for nothing pass", func() (bool, string) {
-		err := create(plain)
-		return err == nil, fmt.Sprint(err)
+	w.failurePolicy(t, admissionregv1.Ignore)
+	each("pods that ask for nothing pass", plain, passes)
+	each("the policy refuses the others", asks, func(err error) bool {
+		return err != nil && !strings.Contains(err.Error(), "failed calling webhook")
 	})
 	s.phase(t, "until a failure is ignored", true)
-	refusedByPolicy(t, create(ns.appPod(t, "app")), "was not injected")
-	eventually(t, 30*time.Second, "the stream goes on", func() (bool, string) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.plain >= 5 && len(s.refused) >= 5, fmt.Sprintf("%d plain, %d refused", s.plain, len(s.refused))
-	})
+	for _, s := range s {
+		_, err := s.submit(t.Context(), s.asks)
+		refusedByPolicy(t, err, "was not injected")
+	}
+	s.flow(t, 0, 5, 5)
 	if refused := s.phase(t, "failures ignored", true); slices.ContainsFunc(refused, func(e string) bool { return !strings.Contains(e, "ValidatingAdmissionPolicy 'cloister'") }) {
 		t.Errorf("pods were refused by something else than the policy: %s", strings.Join(slices.Compact(refused), "\n"))
 	}
-	ns.failurePolicy(t, admissionregv1.Fail)
-	eventually(t, time.Minute, "failures count again", func() (bool, string) {
-		err := create(plain)
-		return err != nil, "it was admitted"
-	})
+	w.failurePolicy(t, admissionregv1.Fail)
+	each("failures count again", plain, func(err error) bool { return err != nil })
 
-	scale(2)
-	output(t, "kubectl", "-n", systemNamespace, "rollout", "status", "deployment/"+webhookName, "--timeout=120s")
-	eventually(t, time.Minute, "the webhook is back", func() (bool, string) {
-		err := create(ns.appPod(t, "app"))
-		return err == nil, fmt.Sprint(err)
-	})
+	w.scale(t, 2)
+	w.restarted(t)
+	each("the webhook is back", asks, passes)
 	s.phase(t, "until it is back", true)
-	s.flows(t, 20)
+	s.flow(t, 20, 20, 0)
 	s.phase(t, "after the outage", false)
 }
 
-func (c *cluster) scaleWebhook(t *testing.T, n int) {
+func (w webhook) scale(t *testing.T, n int) {
 	t.Helper()
-	if out, err := exec.Command("kubectl", "-n", systemNamespace, "scale", "deployment/"+webhookName, fmt.Sprintf("--replicas=%d", n)).CombinedOutput(); err != nil {
+	if out, err := exec.Command("kubectl", "-n", systemNamespace, "scale", "deployment/"+webhookName+w.suffix, fmt.Sprintf("--replicas=%d", n)).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 }
 
-func (c *cluster) failurePolicy(t *testing.T, policy admissionregv1.FailurePolicyType) {
+func (w webhook) failurePolicy(t *testing.T, policy admissionregv1.FailurePolicyType) {
 	t.Helper()
 	patch := fmt.Appendf(nil, `[{"op":"replace","path":"/webhooks/0/failurePolicy","value":%q}]`, policy)
-	_, err := c.kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Patch(context.WithoutCancel(t.Context()), webhookConfig, types.JSONPatchType, patch, metav1.PatchOptions{})
+	_, err := w.kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Patch(context.WithoutCancel(t.Context()), webhookConfig+w.suffix, types.JSONPatchType, patch, metav1.PatchOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,9 +347,9 @@ func certificates(t *testing.T, data []byte) (list []*x509.Certificate) {
 	}
 }
 
-func (c *cluster) caBundle(t *testing.T) []*x509.Certificate {
+func (w webhook) caBundle(t *testing.T) []*x509.Certificate {
 	t.Helper()
-	config, err := c.kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(t.Context(), webhookConfig, metav1.GetOptions{})
+	config, err := w.kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(t.Context(), webhookConfig+w.suffix, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,9 +357,9 @@ func (c *cluster) caBundle(t *testing.T) []*x509.Certificate {
 }
 
 // signing is the CA that the Secret holds.
-func (c *cluster) signing(t *testing.T) *x509.Certificate {
+func (w webhook) signing(t *testing.T) *x509.Certificate {
 	t.Helper()
-	secret, err := c.kube.CoreV1().Secrets(systemNamespace).Get(t.Context(), webhookSecret, metav1.GetOptions{})
+	secret, err := w.kube.CoreV1().Secrets(systemNamespace).Get(t.Context(), webhookSecret+w.suffix, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +368,7 @@ func (c *cluster) signing(t *testing.T) *x509.Certificate {
 
 // ageAuthority puts a CA into the Secret that is in the last third of its life, so that the webhook rotates it now,
 // and returns it. The caBundle keeps what it has.
-func (c *cluster) ageAuthority(t *testing.T) *x509.Certificate {
+func (w webhook) ageAuthority(t *testing.T) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -307,8 +392,8 @@ func (c *cluster) ageAuthority(t *testing.T) *x509.Certificate {
 		t.Fatal(err)
 	}
 	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	secrets := c.kube.CoreV1().Secrets(systemNamespace)
-	secret, err := secrets.Get(t.Context(), webhookSecret, metav1.GetOptions{})
+	secrets := w.kube.CoreV1().Secrets(systemNamespace)
+	secret, err := secrets.Get(t.Context(), webhookSecret+w.suffix, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,9 +407,9 @@ func (c *cluster) ageAuthority(t *testing.T) *x509.Certificate {
 }
 
 // metric reads a metric without labels of each running replica of the webhook.
-func (c *cluster) metric(t *testing.T, name string) map[string]float64 {
+func (w webhook) metric(t *testing.T, name string) map[string]float64 {
 	t.Helper()
-	pods, err := c.kube.CoreV1().Pods(systemNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=" + webhookName})
+	pods, err := w.kube.CoreV1().Pods(systemNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=" + webhookName + w.suffix})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,7 +418,7 @@ func (c *cluster) metric(t *testing.T, name string) map[string]float64 {
 		if p.DeletionTimestamp != nil {
 			continue
 		}
-		b, err := c.kube.CoreV1().Pods(systemNamespace).ProxyGet("http", p.Name, "8080", "/metrics", nil).DoRaw(t.Context())
+		b, err := w.kube.CoreV1().Pods(systemNamespace).ProxyGet("http", p.Name, "8080", "/metrics", nil).DoRaw(t.Context())
 		if err != nil {
 			continue // it is starting
 		}
@@ -349,9 +434,9 @@ func (c *cluster) metric(t *testing.T, name string) map[string]float64 {
 }
 
 // servedBy asks each replica for its certificate and tells whether all are of the CA.
-func (c *cluster) servedBy(t *testing.T, ca *x509.Certificate) (bool, string) {
+func (w webhook) servedBy(t *testing.T, ca *x509.Certificate) (bool, string) {
 	t.Helper()
-	pods, err := c.kube.CoreV1().Pods(systemNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=" + webhookName})
+	pods, err := w.kube.CoreV1().Pods(systemNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=" + webhookName + w.suffix})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -601,16 +686,7 @@ func TestDenialReported(t *testing.T) {
 func TestRevisions(t *testing.T) {
 	c := e2e(t)
 	const rev = "e2e"
-	install := func(args ...string) {
-		t.Helper()
-		cmd := exec.Command("../hack/install.sh", args...)
-		cmd.Env = append(cmd.Environ(), "REV="+rev)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("install revision: %v: %s", err, out)
-		}
-	}
-	t.Cleanup(func() { install("remove") })
-	install()
+	w := c.install(t, rev)
 	first, second := c.namespace(t, true), c.namespace(t, true)
 	pod := submit(t, first, c.appPod(t, "app"))
 	image := func(ns *namespace) (string, error) {
@@ -624,8 +700,7 @@ func TestRevisions(t *testing.T) {
 		return pod.Spec.InitContainers[0].Image, nil
 	}
 	const other = "cloister.dev/initboot:of-a-revision"
-	output(t, "kubectl", "-n", systemNamespace, "set", "env", "deployment/"+webhookName+"-"+rev, "INITBOOT_IMAGE="+other)
-	output(t, "kubectl", "-n", systemNamespace, "rollout", "status", "deployment/"+webhookName+"-"+rev, "--timeout=120s")
+	w.configure(t, "INITBOOT_IMAGE="+other)
 
 	// The revision's images must be allowed, too.
 	second.revision(t, rev, func() (bool, string) {
@@ -645,13 +720,15 @@ func TestRevisions(t *testing.T) {
 		t.Errorf("the first revision injects %q: %v", got, err)
 	}
 	configs := c.kube.AdmissionregistrationV1().MutatingWebhookConfigurations()
-	if _, err := configs.Get(t.Context(), webhookConfig+"-"+rev, metav1.GetOptions{}); err != nil {
+	if _, err := configs.Get(t.Context(), webhookConfig+w.suffix, metav1.GetOptions{}); err != nil {
 		t.Error(err)
 	}
 
 	// A namespace whose revision is gone gets no pods in the open.
-	install("remove")
-	if _, err := configs.Get(t.Context(), webhookConfig+"-"+rev, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+	if err := w.run("remove"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := configs.Get(t.Context(), webhookConfig+w.suffix, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 		t.Errorf("the revision's configuration is still there: %v", err)
 	}
 	eventually(t, 30*time.Second, "the revision is gone", func() (bool, string) {
