@@ -48,7 +48,7 @@ func TestDeath(t *testing.T) {
 			killed := time.Now()
 
 			if tt.console == 125 {
-				eventually(t, 5*time.Second, "Ready=False", func() (bool, string) {
+				eventually(t, 30*time.Second, "Ready=False", func() (bool, string) {
 					p := ns.pod(t, name)
 					return !isReady(p), state(p)
 				})

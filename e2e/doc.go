@@ -9,6 +9,7 @@
 //	egress_test.go          the workload reaches what its config names, by name, and nothing else
 //	logs_probes_test.go     kubectl logs and probes work as ever
 //	hooks_test.go           hooks, restart rules, termination messages and the log of the run before, as ever
+//	debug_test.go           kubectl debug: an ephemeral container sees the pod, not what is in the enclave
 //	shapes_test.go          a real API server takes every injected pod, and each kind of owner's runs
 //	jobs_test.go            so do Jobs and exit codes
 //	death_test.go           whatever dies, nobody hangs and the pod serves again

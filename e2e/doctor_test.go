@@ -167,7 +167,7 @@ func TestDoctorPermissions(t *testing.T) {
 	}
 
 	ns.permit(t, "default")
-	eventually(t, 30*time.Second, "with the roles of docs/doctor.md every check is made", func() (bool, string) {
+	eventually(t, time.Minute, "with the roles of docs/doctor.md every check is made", func() (bool, string) {
 		_, r := c.doctor(t, "", "--kubeconfig", kubeconfig)
 		return r.code == 0 && !strings.Contains(r.stdout, "not checked"), r.stdout + r.stderr
 	})

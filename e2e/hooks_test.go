@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
@@ -61,7 +63,24 @@ func TestHooks(t *testing.T) {
 		Action:    corev1.ContainerRestartRuleActionRestart,
 		ExitCodes: &corev1.ContainerRestartRuleOnExitCodes{Operator: corev1.ContainerRestartRuleOnExitCodesOpIn, Values: []int32{42}},
 	}}
-	for _, pod := range []*corev1.Pod{hooks, fails, word, logs, rule} {
+
+	all := c.appPod(t, "restart-all")
+	all.Spec.RestartPolicy = corev1.RestartPolicyNever
+	all.Spec.Containers[0].RestartPolicy = &never
+	all.Spec.Containers[0].RestartPolicyRules = []corev1.ContainerRestartRule{{
+		Action:    corev1.ContainerRestartRuleActionRestartAllContainers,
+		ExitCodes: rule.Spec.Containers[0].RestartPolicyRules[0].ExitCodes,
+	}}
+
+	// Its hook would take the pod's whole grace period, which is longer than any wait of this test.
+	short := c.appPod(t, "short-grace")
+	long, brief := int64(3600), int64(6)
+	short.Spec.TerminationGracePeriodSeconds = &long
+	app = &short.Spec.Containers[0]
+	app.LivenessProbe, app.ReadinessProbe = httpProbe("/check/live", 8080), httpProbe("/check/ready", 8080)
+	app.LivenessProbe.TerminationGracePeriodSeconds = &brief
+	app.Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/slow?for=1h", Port: intstr.FromString("http")}}}
+	for _, pod := range []*corev1.Pod{hooks, fails, word, logs, rule, all, short} {
 		ns.create(t, pod)
 	}
 
@@ -79,14 +98,15 @@ func TestHooks(t *testing.T) {
 			p := ns.pod(t, "hooks")
 			return container(p, "app").RestartCount == 1 && isReady(p), state(p)
 		})
-		last := container(ns.pod(t, "hooks"), "app").LastTerminationState.Terminated
-		if last == nil || last.ExitCode != 0 || last.Message != "so long" {
-			t.Errorf("the first run ended with %+v, want exit code 0 and its last word", last)
-		}
-		b, err := ns.kube.CoreV1().Pods(ns.name).GetLogs("hooks", &corev1.PodLogOptions{Container: "app", Previous: true}).DoRaw(t.Context())
-		if want := "testapp: stopping\ntestapp: journal\n" + post + "pre uid=1234 NAME=hooked\n"; err != nil || !strings.HasSuffix(string(b), want) {
-			t.Errorf("the log of the run before: %q, %v, want %q at its end", b, err, want)
-		}
+		eventually(t, bootTime, "the kubelet tells how the first run ended", func() (bool, string) {
+			last := container(ns.pod(t, "hooks"), "app").LastTerminationState.Terminated
+			return last != nil && last.ExitCode == 0 && last.Message == "so long", fmt.Sprint(last)
+		})
+		want := "testapp: stopping\ntestapp: journal\n" + post + "pre uid=1234 NAME=hooked\n"
+		eventually(t, bootTime, "the log of the run before", func() (bool, string) {
+			b, err := ns.kube.CoreV1().Pods(ns.name).GetLogs("hooks", &corev1.PodLogOptions{Container: "app", Previous: true}).DoRaw(t.Context())
+			return err == nil && strings.HasSuffix(string(b), want), fmt.Sprintf("%q, %v, want %q at its end", b, err, want)
+		})
 	})
 	t.Run("postStart fails", func(t *testing.T) {
 		t.Parallel()
@@ -126,6 +146,44 @@ func TestHooks(t *testing.T) {
 		})
 		if app := container(ns.pod(t, "restart-rule"), "app"); app.State.Terminated.ExitCode != 3 || app.RestartCount != 1 {
 			t.Errorf("ended with %+v, %d restarts", app.State.Terminated, app.RestartCount)
+		}
+	})
+	t.Run("all containers restart", func(t *testing.T) {
+		t.Parallel()
+		set, _ := c.measure(t, all)
+		serves := func(restarts int32) {
+			t.Helper()
+			eventually(t, bootTime, "the workload serves", func() (bool, string) {
+				p := ns.pod(t, "restart-all")
+				ok := isReady(p)
+				for _, name := range []string{initbootContainer, sidecarContainer, "app"} {
+					ok = ok && container(p, name).RestartCount == restarts
+				}
+				return ok, state(p)
+			})
+		}
+		serves(0)
+		c.answer(t, ns.forward(t, "pod/restart-all", 8080), set, "/exit?code=42")
+		serves(1)
+		if got := c.answer(t, ns.forward(t, "pod/restart-all", 8080), set, "/echo?again"); got != "again" {
+			t.Errorf("answer %q", got)
+		}
+		ns.remove(t, "restart-all")
+	})
+	t.Run("a probe's own grace period", func(t *testing.T) {
+		t.Parallel()
+		set, _ := c.measure(t, short)
+		ns.ready(t, "short-grace", 1)
+		c.answer(t, ns.forward(t, "pod/short-grace", 8080), set, "/break/live")
+		eventually(t, bootTime, "a restart", func() (bool, string) {
+			p := ns.pod(t, "short-grace")
+			return container(p, "app").RestartCount == 1 && isReady(p), state(p)
+		})
+		if last := container(ns.pod(t, "short-grace"), "app").LastTerminationState.Terminated; last != nil {
+			t.Logf("the first run ended with %+v", last)
+		}
+		if err := ns.kube.CoreV1().Pods(ns.name).Delete(t.Context(), "short-grace", metav1.DeleteOptions{GracePeriodSeconds: &brief}); err != nil {
+			t.Error(err)
 		}
 	})
 }

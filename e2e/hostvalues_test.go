@@ -153,7 +153,7 @@ func TestHostValues(t *testing.T) {
 			return strings.Contains(got, `changed="yes"`), got
 		})
 		plainGet(t, ns.forward(t, "pod/"+p.Name, 9090), "/touch?file=/out/rendered/late")
-		eventually(t, 30*time.Second, "the other container's file inside "+p.Name, func() (bool, string) {
+		eventually(t, time.Minute, "the other container's file inside "+p.Name, func() (bool, string) {
 			got := read(addr, "/shared/rendered/late")
 			return got == "" && read(addr, "/shared/rendered/page") == "by the init container", got
 		})

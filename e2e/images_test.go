@@ -142,15 +142,11 @@ func TestTagDenied(t *testing.T) {
 			if tt.config != "" {
 				pod.Annotations["cloister.dev/config"] = config(tt.config)
 			}
-			begin := time.Now()
 			_, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 			if err == nil {
 				t.Fatal("it was admitted")
 			}
 			// The API server gives up after 5 s, with another error.
-			if took := time.Since(begin); took > 5*time.Second {
-				t.Errorf("it took %s", took)
-			}
 			for _, want := range append(tt.want, "denied the request") {
 				if !strings.Contains(err.Error(), want) {
 					t.Errorf("the answer lacks %q: %v", want, err)

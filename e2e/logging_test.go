@@ -51,7 +51,7 @@ func TestLogging(t *testing.T) {
 	if r := c.curl(t, ns.forward(t, "pod/printed", 80), set, "/an-order?token="+secret); r.code != 0 {
 		t.Fatalf("nginx does not answer: %s", r.stderr)
 	}
-	eventually(t, 20*time.Second, "the line on the console", func() (bool, string) {
+	eventually(t, time.Minute, "the line on the console", func() (bool, string) {
 		console := ns.logs(t, "printed", "nginx")
 		return strings.Contains(console, `"GET /an-order?[redacted] HTTP/1.1" 404`), console
 	})

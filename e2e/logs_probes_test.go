@@ -21,7 +21,7 @@ func TestLogs(t *testing.T) {
 	if r := c.curl(t, ns.forward(t, "pod/nginx", 80), set, page); !strings.Contains(r.stdout, "404 Not Found") {
 		t.Fatalf("nginx answers %q, %s", r.stdout, r.stderr)
 	}
-	eventually(t, 10*time.Second, "nginx's access log", func() (bool, string) {
+	eventually(t, time.Minute, "nginx's access log", func() (bool, string) {
 		logs := ns.logs(t, "nginx", "nginx")
 		return strings.Contains(logs, `"GET `+page+` HTTP/`), logs
 	})

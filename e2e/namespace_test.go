@@ -208,7 +208,7 @@ func (c *cluster) labelled(t *testing.T, labels map[string]string) *namespace {
 		}
 	})
 	// Pods are refused until the controller has made this account.
-	eventually(t, 30*time.Second, "default service account", func() (bool, string) {
+	eventually(t, time.Minute, "default service account", func() (bool, string) {
 		_, err := c.kube.CoreV1().ServiceAccounts(ns.name).Get(t.Context(), "default", metav1.GetOptions{})
 		return err == nil, fmt.Sprint(err)
 	})
@@ -302,7 +302,7 @@ func (ns *namespace) pods(t *testing.T, app string) []corev1.Pod {
 }
 
 // bootTime is the most that a pod may take to become ready on a busy machine.
-const bootTime = 90 * time.Second
+const bootTime = 3 * time.Minute
 
 // ready waits until n pods of an app exist and all are ready.
 func (ns *namespace) ready(t *testing.T, app string, n int) []corev1.Pod {

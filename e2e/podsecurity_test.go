@@ -145,7 +145,7 @@ func TestPodSecurity(t *testing.T) {
 			ns := c.labelled(t, map[string]string{inject.EnforceLabel: level, "cloister.dev/injection": "enabled"})
 			want := "metadata.namespace: Forbidden: it enforces Pod Security " + level + " and what is injected needs privileged"
 			// The webhook sees the namespace a moment later than the API server. Until then Pod Security itself refuses.
-			eventually(t, 30*time.Second, "a denial that names the level", func() (bool, string) {
+			eventually(t, time.Minute, "a denial that names the level", func() (bool, string) {
 				err := dryRun(t, ns, c.appPod(t, "app"))
 				if err == nil {
 					t.Fatal("the pod is accepted")

@@ -25,7 +25,7 @@ func (ns *namespace) revision(t *testing.T, rev string, taken func() (bool, stri
 	if _, err := ns.kube.CoreV1().Namespaces().Patch(t.Context(), ns.name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, "the namespace has another revision", taken)
+	eventually(t, time.Minute, "the namespace has another revision", taken)
 }
 
 // handMade is what the webhook makes of a pod, as somebody could submit it.

@@ -181,7 +181,7 @@ func TestReplicas(t *testing.T) {
 	}
 	_, ready := c.start(t, "mutate", "-patches", string(text))
 	ns.mutatingWebhook(t, strings.Fields(ready))
-	eventually(t, 30*time.Second, "the other injectors are asked", func() (bool, string) {
+	eventually(t, time.Minute, "the other injectors are asked", func() (bool, string) {
 		pod := written("asked")
 		pod.Annotations["example.com/injector"] = "linkerd-after"
 		names := []string{}

@@ -222,7 +222,7 @@ func TestSafe(t *testing.T) {
 		var all streams
 		for _, level := range []string{"baseline", "restricted"} {
 			ns := c.labelled(t, map[string]string{inject.EnforceLabel: level, "cloister.dev/injection": "enabled", "cloister.dev/rev": rev})
-			eventually(t, 30*time.Second, "the revision takes the pods", func() (bool, string) {
+			eventually(t, time.Minute, "the revision takes the pods", func() (bool, string) {
 				_, err := c.kube.CoreV1().Pods(ns.name).Create(t.Context(), c.appPod(t, "app"), dryRun)
 				return err == nil, fmt.Sprint(err)
 			})
@@ -534,7 +534,7 @@ func TestOtherInjectors(t *testing.T) {
 		return ns.kube.CoreV1().Pods(ns.name).Create(t.Context(), mutated(t, c, name), dryRun)
 	}
 	var reference *corev1.Pod
-	eventually(t, 30*time.Second, "the other webhook is asked", func() (bool, string) {
+	eventually(t, time.Minute, "the other webhook is asked", func() (bool, string) {
 		reference, err = create("nothing")
 		if err != nil {
 			t.Fatal(err)
@@ -673,7 +673,7 @@ func TestDenialReported(t *testing.T) {
 	pod := c.appPod(t, "app")
 	pod.Annotations = map[string]string{"cloister.dev/enclav": "app"}
 	ns.create(t, deployment(pod, 2))
-	eventually(t, 30*time.Second, "an Event on the Deployment", func() (bool, string) {
+	eventually(t, time.Minute, "an Event on the Deployment", func() (bool, string) {
 		list, err := ns.kube.CoreV1().Events(ns.name).List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=Deployment,involvedObject.name=app,reason=AnnotationRefused"})
 		if err != nil {
 			t.Fatal(err)
@@ -712,7 +712,7 @@ func TestRevisions(t *testing.T) {
 	if out, err := allow.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	eventually(t, 30*time.Second, "the second revision injects", func() (bool, string) {
+	eventually(t, time.Minute, "the second revision injects", func() (bool, string) {
 		got, err := image(second)
 		return err == nil && got == other, fmt.Sprint(got, err)
 	})
@@ -731,7 +731,7 @@ func TestRevisions(t *testing.T) {
 	if _, err := configs.Get(t.Context(), webhookConfig+w.suffix, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 		t.Errorf("the revision's configuration is still there: %v", err)
 	}
-	eventually(t, 30*time.Second, "the revision is gone", func() (bool, string) {
+	eventually(t, time.Minute, "the revision is gone", func() (bool, string) {
 		_, err := image(second)
 		return err != nil && strings.Contains(err.Error(), "names an installed revision"), fmt.Sprint(err)
 	})

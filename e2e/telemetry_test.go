@@ -313,7 +313,7 @@ func TestTelemetry(t *testing.T) {
 			found[0]["k8s.pod.name"] == "nginx" && found[0]["cloister.pcr16"] == entry.PCR16
 		return ok, fmt.Sprint(found)
 	})
-	eventually(t, 20*time.Second, "span and log line in the collector's file", func() (bool, string) {
+	eventually(t, time.Minute, "span and log line in the collector's file", func() (bool, string) {
 		var span, logged bool
 		records := o.file(t)
 		for _, r := range records {
@@ -428,7 +428,7 @@ func (o *telemetry) refusesOthers(t *testing.T) {
 		if err == nil {
 			t.Errorf("a client %s was served", name)
 		}
-		eventually(t, 20*time.Second, "the refusal of a client "+name+" is counted", func() (bool, string) {
+		eventually(t, time.Minute, "the refusal of a client "+name+" is counted", func() (bool, string) {
 			n := refused()
 			return n > before, fmt.Sprint(n)
 		})
