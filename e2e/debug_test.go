@@ -53,7 +53,7 @@ func TestDebug(t *testing.T) {
 		"copy":             {[]string{"--image=" + localImage, "--image-pull-policy=Never", "--", "/testapp", "exit", "0"}, "its annotations are gone"},
 		"shared":           {[]string{"--keep-annotations", "--image=" + localImage, "--image-pull-policy=Never", "--", "/testapp", "exit", "0"}, "no container can see the processes of an enclave"},
 		"other-image":      {[]string{"--keep-annotations", "--set-image=app=" + localImage}, "this installation injects"},
-		"with-annotations": {[]string{"--keep-annotations", "--share-processes=false", "--image=" + localImage, "--image-pull-policy=Never", "--", "/testapp", "serve"}, ""},
+		"with-annotations": {[]string{"--keep-annotations", "--share-processes=false", "--image=" + localImage, "--image-pull-policy=Never", "--", "/testapp", "serve", "-listen", ":9999"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			args := append([]string{"-n", ns.name, "debug", "app", "--copy-to=" + name}, tt.args...)
