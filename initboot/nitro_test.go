@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -30,7 +31,7 @@ import (
 const nitroMemory = 128 << 20
 
 // nitroNode is a node whose enclaves are processes, for so many pods.
-func nitroNode(t *testing.T, pods int) *nitroemu.Node {
+func nitroNode(t *testing.T, pods int, change ...func(*nitroemu.Options)) *nitroemu.Node {
 	t.Helper()
 	nitroemu.HugePages(t, 2<<20, pods*(nitroMemory+podenv.NitroOverhead)/(2<<20))
 	dir, err := os.MkdirTemp("/tmp", "n")
@@ -45,6 +46,9 @@ func nitroNode(t *testing.T, pods int) *nitroemu.Node {
 	}}
 	for core := range pods {
 		o.Pool = append(o.Pool, uint32(core+1), uint32(core+1+1+pods))
+	}
+	for _, f := range change {
+		f(&o)
 	}
 	n, err := nitroemu.New(o)
 	if err != nil {
@@ -105,14 +109,32 @@ func (p *pod) startNitro(t *testing.T, n *nitroemu.Node) {
 	p.start(t, n.Start, "--driver=nitro")
 }
 
-// TestNitroPod is the life of a pod with the nitro driver: initboot as it is, but for its vsock, against an
-// emulated device.
-func TestNitroPod(t *testing.T) {
+// another is a pod of the same image and EIF.
+func (p *pod) another(t *testing.T) *pod {
+	t.Helper()
+	other := *p
+	var err error
+	if other.dir, err = os.MkdirTemp("/tmp", "i"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(other.dir) })
+	return &other
+}
+
+// TestNitro runs initboot with the nitro driver as it is, but for its vsock, against an emulated device.
+func TestNitro(t *testing.T) {
 	p := preparePod(t, "devnsm,vsockemu")
+	t.Run("life", func(t *testing.T) { testNitroLife(t, p.another(t)) })
+	t.Run("failures", func(t *testing.T) { testNitroFailures(t, p.another(t)) })
+	t.Run("four at once", func(t *testing.T) { testNitroNode(t, []*pod{p.another(t), p.another(t), p.another(t), p.another(t)}) })
+}
+
+// testNitroLife is the life of a pod.
+func testNitroLife(t *testing.T, p *pod) {
 	n := nitroNode(t, 1)
 	p.startNitro(t, n)
 	until(t, func() string { return p.probe("boot") })
-	image, err := os.ReadFile(p.path("base.eif"))
+	image, err := os.ReadFile(filepath.Join(p.shared, "base.eif"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,27 +175,50 @@ func TestNitroPod(t *testing.T) {
 	}
 }
 
-// TestNitroNode: four pods boot at once on a node, where a process that is none of ours sits on port 9000, then
+// testNitroFailures: what goes wrong is said in a sentence, and tried again.
+func testNitroFailures(t *testing.T, p *pod) {
+	proceed := make(chan struct{})
+	var creates, boots atomic.Int32
+	n := nitroNode(t, 1, func(o *nitroemu.Options) {
+		o.Fail = func(call string) syscall.Errno {
+			if call == "NE_CREATE_VM" && creates.Add(1) == 1 {
+				return nitroemu.ErrNoCPUsAvailableInPool
+			}
+			return 0
+		}
+		boot := o.Boot
+		o.Boot = func(ctx context.Context, e nitroemu.Enclave) {
+			if boots.Add(1) > 1 {
+				<-proceed
+				boot(ctx, e)
+			}
+		}
+	})
+	p.startNitro(t, n)
+	for _, want := range []string{
+		"cannot prepare the enclave: NE_CREATE_VM: no vCPU of the node's enclave pool is free (NE_ERR_NO_CPUS_AVAIL_IN_POOL): raise cpu_count",
+		"the enclave has ended by itself",
+	} {
+		until(t, func() string {
+			if got := p.probe("boot"); !strings.Contains(got, want) {
+				return "probe boot says: " + got
+			}
+			return ""
+		})
+	}
+	close(proceed)
+	until(t, func() string { return p.probe("boot") })
+}
+
+// testNitroNode: pods boot at once on a node, where a process that is none of ours sits on port 9000, then
 // connects to it first, and tries every port of every enclave.
-func TestNitroNode(t *testing.T) {
-	const pods = 4
-	first := preparePod(t, "devnsm,vsockemu")
+func testNitroNode(t *testing.T, all []*pod) {
+	pods := len(all)
 	n := nitroNode(t, pods)
 
 	squatter, err := n.Ports.Listen(9000)
 	if err != nil {
 		t.Fatal(err)
-	}
-	all := []*pod{first}
-	for range pods - 1 {
-		dir, err := os.MkdirTemp("/tmp", "i")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
-		next := *first
-		next.dir = dir
-		all = append(all, &next)
 	}
 	for _, p := range all {
 		p.startNitro(t, n)
