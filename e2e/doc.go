@@ -19,6 +19,7 @@
 //	podsecurity_test.go     what Pod Security enforces, and the seccomp profile for AF_VSOCK
 //	doctor_test.go          cloister doctor finds what is broken, and nothing else
 //	layers_test.go          images that are wrong, slow or not there
+//	sealed_test.go          a sealed EIF runs by digest, and passes for no other
 //	images_test.go          tags, pull secrets, and pods that were injected offline
 //	rollout_test.go         a rolling restart without a failed request
 //	controller_test.go      an autoscaler follows the load inside the enclaves; state shows on pods and owners
