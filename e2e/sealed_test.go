@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -113,7 +114,12 @@ func TestSealed(t *testing.T) {
 	pod.Spec.Containers[0].Image = c.appRef(t, "127.0.0.1:1") // where nobody is
 	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "COLOR", Value: ns.name}}
 	sealed := c.seal(t, addr, pod)
-	t.Cleanup(func() { c.onNode(t, `ctr -n k8s.io images ls -q | grep /sealed@ | xargs -r ctr -n k8s.io images rm --sync`) })
+	t.Cleanup(func() { // without t's context, which has ended by then
+		script := `ctr -n k8s.io images ls -q | grep /sealed@ | xargs -r ctr -n k8s.io images rm`
+		if out, err := exec.Command("docker", "exec", c.node, "sh", "-ec", script).CombinedOutput(); err != nil {
+			t.Errorf("remove images from the node: %v: %s", err, out)
+		}
+	})
 	set := setFile(t, sealed.entry)
 	ns.create(t, boots(pod, "app", right+sealed.digest))
 	p := ns.ready(t, "app", 1)[0]

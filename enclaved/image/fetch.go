@@ -105,7 +105,7 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 			return nil, errors.New("the image index names another index where an image was expected")
 		}
 	}
-	b, err := f.bytes(ctx, "fetching the image's config", "/blobs/", *m.Config, oci.MaxConfig)
+	b, err := f.bytes(ctx, f.doing()+" the image's config", "/blobs/", *m.Config, oci.MaxConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +119,7 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 	}
 	defer u.Close()
 	for i, l := range m.Layers {
-		step := fmt.Sprintf("fetching layer %d of %d (%d bytes)", i+1, len(m.Layers), l.Size)
+		step := fmt.Sprintf("%s layer %d of %d (%d bytes)", f.doing(), i+1, len(m.Layers), l.Size)
 		if need := u.Used() + f.held(l); need > limit {
 			return nil, &SpaceError{Need: need, Limit: limit}
 		}
@@ -138,6 +138,14 @@ func (f *Fetcher) Image(ctx context.Context, want workload.Image, root, scratch 
 		}
 	}
 	return &config.Config, nil
+}
+
+// doing says for people what takes time.
+func (f *Fetcher) doing() string {
+	if f.layout != "" {
+		return "reading"
+	}
+	return "fetching"
 }
 
 // held is how much memory a layer's compressed bytes take of what an image may take, in bytes.
@@ -184,7 +192,7 @@ func (r *contextReader) Read(b []byte) (int, error) {
 // manifest fetches an index or an image manifest. Its size is not known when it is named by the
 // workload manifest: then it is negative.
 func (f *Fetcher) manifest(ctx context.Context, d oci.Descriptor) (*oci.Manifest, error) {
-	b, err := f.bytes(ctx, "fetching the image manifest", "/manifests/", d, oci.MaxManifest)
+	b, err := f.bytes(ctx, f.doing()+" the image manifest", "/manifests/", d, oci.MaxManifest)
 	if err != nil {
 		return nil, err
 	}
