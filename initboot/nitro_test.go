@@ -105,8 +105,20 @@ func runProcess(ctx context.Context, e nitroemu.Enclave) error {
 // startNitro runs initboot on a node.
 func (p *pod) startNitro(t *testing.T, n *nitroemu.Node) {
 	t.Helper()
+	// As in a pod of Pod Security level restricted: it needs no root, but for the device.
+	const uid = 65532
+	if err := errors.Join(os.Chmod(p.shared, 0o755), os.Chown(p.dir, uid, uid)); err != nil {
+		t.Fatal(err)
+	}
+	unprivileged := func(cmd *exec.Cmd) error {
+		if err := os.Chown(p.path("run"), uid, uid); err != nil {
+			return err
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		return n.Start(cmd)
+	}
 	p.env = append(slices.Clone(p.env), vsockemu.EnvNode+"="+string(n.Ports), podenv.EnvCPUs+"=2", podenv.EnvMemory+fmt.Sprintf("=%d", nitroMemory))
-	p.start(t, n.Start, "--driver=nitro")
+	p.start(t, unprivileged, "--driver=nitro")
 }
 
 // another is a pod of the same image and EIF.

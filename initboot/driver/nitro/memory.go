@@ -36,7 +36,7 @@ func allocate(size int64, node int) ([]byte, error) {
 	}
 	where := ""
 	if node >= 0 {
-		where = fmt.Sprintf(" on NUMA node %d, which is the enclave pool's", node)
+		where = fmt.Sprintf(" on the enclave pool's NUMA node %d", node)
 	}
 	return nil, fmt.Errorf("there are not enough free huge pages%s for initboot: it needs %s; raise memory_mib in the node's /etc/nitro_enclaves/allocator.yaml, or ask for less memory",
 		where, strings.Join(failures, ", or "))
@@ -52,9 +52,13 @@ func mapPages(size int64, flag, node int) ([]byte, error) {
 	}
 	if err == nil {
 		// A page that the pod's cgroup does not grant would otherwise be a SIGBUS.
-		if err = unix.Madvise(memory, unix.MADV_POPULATE_WRITE); errors.Is(err, unix.EINVAL) {
+		err = unix.Madvise(memory, unix.MADV_POPULATE_WRITE)
+		switch {
+		case errors.Is(err, unix.EINVAL):
 			err = errors.New("Linux 5.14 or newer is needed")
-		} else if err != nil {
+		case errors.Is(err, unix.EFAULT): // where a page would be a SIGBUS
+			err = errors.New("the pod's limit does not allow them")
+		case err != nil:
 			err = fmt.Errorf("populate: %w", err)
 		}
 	}

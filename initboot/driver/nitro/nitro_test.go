@@ -257,7 +257,7 @@ func TestRefusals(t *testing.T) {
 		"one NUMA node":   {change: func(o *nitroemu.Options) { o.NUMANode = 0 }, cpus: 2},
 		"three":           {change: func(o *nitroemu.Options) { o.NUMANode = 2 }, cpus: 2},
 		"pieces":          {change: func(o *nitroemu.Options) { o.MaxRegions = 1 }, cpus: 2, err: "NE_ERR_MEM_MAX_REGIONS"},
-		"no huge pages":   {cpus: 2, image: driver.Image{EIF: small, Memory: 1 << 40}, err: "not enough free huge pages on NUMA node 1"},
+		"no huge pages":   {cpus: 2, image: driver.Image{EIF: small, Memory: 1 << 40}, err: "not enough free huge pages on the enclave pool's NUMA node 1 for initboot"},
 		"no EIF":          {cpus: 2, image: driver.Image{EIF: "/nonexistent", Memory: memory}, err: "no such file"},
 		"not quite empty": {cpus: 2, image: driver.Image{EIF: os.DevNull, Memory: memory}, err: "invalid argument"},
 	} {
