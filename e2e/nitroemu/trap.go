@@ -100,13 +100,12 @@ func Trap(numbers []int, answer func(*Call) Answer, f func()) error {
 		// locked, so none inherits the filter.
 		runtime.LockOSThread()
 		listener, err := install(filter(numbers))
+		defer func() { done <- err }() // also when f ends the goroutine, as t.Fatal does
 		if err != nil {
-			done <- err
 			return
 		}
 		go serve(listener, answer)
 		f()
-		done <- nil
 	}()
 	return <-done
 }
