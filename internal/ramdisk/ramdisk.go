@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"regexp"
 
 	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
@@ -56,18 +57,23 @@ func (w *Writer) Close() error { return cpio.WriteTrailer(w.records) }
 var ErrNotSealed = errors.New("it is not sealed: there is no workload manifest in it")
 
 // Manifest returns the workload manifest in a sealed EIF, its bytes unchecked; ErrNotSealed where there is
-// none. It must be the first file of the second ramdisk, as `cloister build` writes it.
+// none. It must be the first file of the second ramdisk, and nothing else may be there or follow than what
+// `cloister build` writes. So in an EIF of anybody's with the PCR1 of a release it is that release's enclaved
+// which runs this manifest: what is unpacked later, as another /init would be, takes the place of what is there.
 func Manifest(image *eif.Reader) ([]byte, error) {
 	disks := image.Ramdisks()
 	if len(disks) < 2 {
 		return nil, ErrNotSealed
 	}
-	return readManifest(disks[1].Open())
+	m, err := readManifest(disks[1].Open())
+	if err == nil && len(disks) > 2 {
+		return nil, fmt.Errorf("it has %d ramdisks, and a sealed EIF has two: build it again with `cloister build`", len(disks))
+	}
+	return m, err
 }
 
-// readManifest looks no further than the folder and the file that begin the archive: what another ramdisk
-// holds is nobody's business.
-func readManifest(disk io.Reader) ([]byte, error) {
+// readManifest reads all of the archive but the content of the images.
+func readManifest(disk io.ReadSeeker) ([]byte, error) {
 	dir, err := next(disk)
 	if err != nil || dir.name != sealed.Dir || dir.mode&unix.S_IFMT != unix.S_IFDIR {
 		return nil, ErrNotSealed
@@ -83,20 +89,86 @@ func readManifest(disk io.Reader) ([]byte, error) {
 	if _, err := io.ReadFull(disk, b); err != nil {
 		return nil, fmt.Errorf("read its workload manifest: %w", err)
 	}
+	if err := checkRest(disk, dir, file); err != nil {
+		return nil, err
+	}
 	return b, nil
 }
+
+// checkRest reads the headers behind the content of the manifest, up to the end.
+func checkRest(disk io.ReadSeeker, dir, file entry) error {
+	seen := map[string]bool{}
+	for _, e := range []entry{dir, file} {
+		if !e.plain() {
+			return fmt.Errorf("its second ramdisk has %q as a link or with content that the kernel skips: build it again with `cloister build`", e.name)
+		}
+		seen[e.name] = true
+	}
+	left := file.padding()
+	for {
+		if _, err := disk.Seek(left, io.SeekCurrent); err != nil {
+			return fmt.Errorf("read its second ramdisk: %w", err)
+		}
+		e, err := next(disk)
+		if err != nil {
+			return fmt.Errorf("read its second ramdisk: %w", noEOF(err))
+		}
+		if e.name == cpio.Trailer && e.size == 0 {
+			break
+		}
+		if seen[e.name] || !e.plain() || !expected(e) || len(seen) == maxEntries {
+			return fmt.Errorf("its second ramdisk has %q, which `cloister build` does not put there in this way: build it again", e.name)
+		}
+		seen[e.name] = true
+		left = int64(e.size) + e.padding()
+	}
+	if n, err := disk.Read(make([]byte, 1)); n > 0 || err != io.EOF {
+		return errors.New("its second ramdisk goes on behind its end: build it again with `cloister build`")
+	}
+	return nil
+}
+
+// expected tells what the folder of a sealed EIF holds beside the manifest.
+func expected(e entry) bool {
+	folder := e.mode&unix.S_IFMT == unix.S_IFDIR
+	switch e.name {
+	case sealed.Image, sealed.Image + "/blobs", sealed.Image + "/blobs/sha256":
+		return folder
+	case sealed.Image + "/oci-layout", sealed.Image + "/index.json":
+		return !folder
+	}
+	return !folder && blob.MatchString(e.name)
+}
+
+var blob = regexp.MustCompile(`^` + regexp.QuoteMeta(sealed.Image) + `/blobs/sha256/[0-9a-f]{64}$`)
 
 const (
 	magic      = "070701"
 	headerSize = 110 // magic and 13 fields of 8 hexadecimal digits
 	maxName    = 256 // bytes with the final NUL, more than any that is looked for
+	maxEntries = 1 << 16
 )
 
-// entry is what a header says: a name, a mode and the size of the content in bytes.
+// entry is what a header says: a name, a mode, the number of links and the size of the content in bytes.
 type entry struct {
-	name       string
-	mode, size uint32
+	name              string
+	mode, links, size uint32
 }
+
+// plain tells whether the kernel makes of an entry the folder or the file of its name and nothing else: a
+// second link to a file would be written through (init/initramfs.c, maybe_link).
+func (e entry) plain() bool {
+	switch e.mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		return e.size == 0
+	case unix.S_IFREG:
+		return e.links < 2
+	}
+	return false
+}
+
+// padding is the number of bytes that follow the content.
+func (e entry) padding() int64 { return -int64(e.size) & 3 }
 
 // next reads a header of an entry, its name and the zeros that follow.
 func next(r io.Reader) (entry, error) {
@@ -117,5 +189,16 @@ func next(r io.Reader) (entry, error) {
 	if _, err := io.ReadFull(r, name); err != nil {
 		return entry{}, err
 	}
-	return entry{name: string(name[:length-1]), mode: field(1), size: field(6)}, nil
+	if name[length-1] != 0 {
+		return entry{}, errors.New("unexpected name")
+	}
+	return entry{name: string(name[:length-1]), mode: field(1), links: field(4), size: field(6)}, nil
+}
+
+// noEOF makes a plain end an error in words, since a trailer is the end.
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
