@@ -35,7 +35,7 @@ whose it must be, or compare PCR8.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&v.cert, "cert", "", "PEM `file` with the certificate that must have signed")
+	f.Var((*named)(&v.cert), "cert", "PEM `file` with the certificate that must have signed")
 	v.add(f)
 	return cmd
 }

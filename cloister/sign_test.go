@@ -107,6 +107,7 @@ func TestSignedMeasurements(t *testing.T) {
 		"not signed":                {[]string{"--measurements", plain, "--key", public}, 1, plain + ": the measurement set is not signed, and with --key only signed ones count"},
 		"one of two is not signed":  {[]string{"--measurements", signed, "--measurements", other, "--key", public}, 1, other + ": the measurement set is not signed"},
 		"one of two, and no key":    {[]string{"--measurements", plain, "--measurements", signed}, 1, signed + ": the measurement set is signed"},
+		"a key without a name":      {[]string{"--measurements", plain, "--key", ""}, 2, "the name is empty"},
 		"the private key":           {[]string{"--measurements", signed, "--key", private}, 1, "openssl pkey -pubout"},
 		"key without any signature": {[]string{"--measurements", plain, "--key", plain}, 1, "no PEM block"},
 	} {

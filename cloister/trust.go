@@ -31,10 +31,25 @@ type rules struct {
 
 func (r *rules) flags(f *pflag.FlagSet) {
 	f.StringArrayVar(&r.measurements, "measurements", nil, "measurement set `file`; repeatable, then an entry of any of them is accepted")
-	f.StringVar(&r.key, "key", "", "PEM `file` with the public key that has signed the measurement sets; unsigned ones are then refused")
+	f.Var((*named)(&r.key), "key", "PEM `file` with the public key that has signed the measurement sets; unsigned ones are then refused")
 	f.StringVar(&r.root, "root", "", "PEM `file` with the root certificate that is trusted instead of AWS's: for development")
 	f.DurationVar(&r.maxAge, "max-age", attestation.DefaultMaxAge, "oldest attestation document that is accepted")
 	f.BoolVar(&r.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
+}
+
+// named is a flag with the name of a file that restricts what is accepted. An empty name, as an unset variable
+// of a script leaves it, must not mean that nothing is restricted.
+type named string
+
+func (n *named) String() string { return string(*n) }
+func (n *named) Type() string   { return "file" }
+
+func (n *named) Set(s string) error {
+	if s == "" {
+		return errors.New("the name is empty: name a file, or leave the flag out")
+	}
+	*n = named(s)
+	return nil
 }
 
 // check reports errors of usage.
