@@ -10,6 +10,7 @@ import (
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/configgrpc"
 	"go.opentelemetry.io/collector/config/configoptional"
+	"go.opentelemetry.io/collector/confmap"
 
 	"cloister.dev/cloister/attestation"
 	"cloister.dev/cloister/workload/signed"
@@ -53,6 +54,18 @@ func createDefaultConfig() component.Config {
 	keepalive.ServerParameters = configoptional.Some(parameters)
 	c.Keepalive = configoptional.Some(keepalive)
 	return c
+}
+
+// Unmarshal implements confmap.Unmarshaler. A measurements_key without a value, as an unset variable of the
+// environment leaves it, must not mean that nobody need have signed.
+func (c *Config) Unmarshal(conf *confmap.Conf) error {
+	if err := conf.Unmarshal(c); err != nil {
+		return err
+	}
+	if conf.IsSet("measurements_key") && c.MeasurementsKey == "" {
+		return errors.New("measurements_key is empty: set the file with the public key, or leave it out")
+	}
+	return nil
 }
 
 // Validate implements component.Config.

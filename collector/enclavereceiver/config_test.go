@@ -42,6 +42,16 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+// A key that has no value does not count as none.
+func TestEmptyKey(t *testing.T) {
+	for _, value := range []any{nil, ""} {
+		m := confmap.NewFromStringMap(map[string]any{"measurements": "m.json", "measurements_key": value})
+		if err := m.Unmarshal(createDefaultConfig()); err == nil || !strings.Contains(err.Error(), "measurements_key is empty") {
+			t.Errorf("%v: %v", value, err)
+		}
+	}
+}
+
 // Each bad configuration has a golden with its errors.
 func TestConfigRefused(t *testing.T) {
 	files, err := filepath.Glob("testdata/bad-*.yaml")
