@@ -474,6 +474,9 @@ func enumerate(begin string, words []string) []string {
 	const most = 120
 	var out []string
 	for _, w := range words {
+		if q := strconv.Quote(w); strings.Contains(q, `\`) { // a line's end, or what steers a terminal
+			w = q
+		}
 		if room := most - len(begin); len(w) > room {
 			w = w[:room-len("…")] + "…"
 		}

@@ -176,10 +176,10 @@ func TestResourceField(t *testing.T) {
 
 func TestEnumerate(t *testing.T) {
 	long := strings.Repeat("x", 200)
-	got := enumerate("begin ", []string{"a", "b", long, strings.Repeat("y", 60), strings.Repeat("z", 60), "end"})
+	got := enumerate("begin ", []string{"a", "b", long, strings.Repeat("y", 60), strings.Repeat("z", 60), "end", "/a\n  no more\x1b[2K"})
 	want := []string{
 		"begin a, b", "begin " + long[:111] + "…", "begin " + strings.Repeat("y", 60),
-		"begin " + strings.Repeat("z", 60) + ", end",
+		"begin " + strings.Repeat("z", 60) + ", end, " + `"/a\n  no more\x1b[2K"`,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
