@@ -346,8 +346,8 @@ func TestEIFRefuses(t *testing.T) {
 		"inspect: no file":       {[]string{"inspect"}, 2, "accepts 1 arg"},
 		"inspect: format":        {[]string{"inspect", image, "-o", "yaml"}, 2, `no format "yaml"`},
 		"inspect: absent file":   {[]string{"inspect", "/nonexistent"}, 1, "no such file"},
-		"inspect: a folder":      {[]string{"inspect", t.TempDir()}, 1, "is a directory"},
-		"inspect: no EIF":        {[]string{"inspect", "/dev/null"}, 1, "fewer than the 548"},
+		"inspect: a folder":      {[]string{"inspect", t.TempDir()}, 1, "not a regular file"},
+		"inspect: a device":      {[]string{"inspect", "/dev/null"}, 1, "not a regular file"},
 		"inspect: damaged image": {[]string{"inspect", damaged}, 1, "the file is damaged"},
 	}
 	for name, test := range tests {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"unsafe"
 
@@ -432,6 +433,17 @@ func TestCombineCRC(t *testing.T) {
 		if want := crc32.ChecksumIEEE(b); got != want {
 			t.Errorf("split at %d: got %08x, want %08x", at, got, want)
 		}
+	}
+}
+
+// Whoever made the image from which an EIF is opened may have put a pipe there.
+func TestOpenPipe(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "enclave.eif")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(pipe); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("opened a pipe: %v", err)
 	}
 }
 

@@ -44,8 +44,12 @@ func (s Section) Open() *io.SectionReader {
 	return io.NewSectionReader(s.r, s.Offset, s.Size)
 }
 
-// Open opens and checks the EIF in the named file. The caller must Close the reader.
+// Open opens and checks the EIF in the named file, which must be a regular one: opening a pipe could wait for
+// ever. The caller must Close the reader.
 func Open(name string) (*Reader, error) {
+	if info, err := os.Stat(name); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", name)
+	}
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
