@@ -30,20 +30,6 @@ func newAttestation() *cobra.Command {
 	return cmd
 }
 
-// format is a flag: text or json.
-type format string
-
-func (f *format) String() string { return string(*f) }
-func (f *format) Type() string   { return "format" }
-
-func (f *format) Set(s string) error {
-	if s != "text" && s != "json" {
-		return errors.New("write text or json")
-	}
-	*f = format(s)
-	return nil
-}
-
 // parseNonce reads the flag --nonce.
 func parseNonce(s string) ([]byte, error) {
 	nonce, err := hex.DecodeString(s)
@@ -63,7 +49,7 @@ func printAttestation(w io.Writer, f format, d *attestation.Document, set worklo
 		}
 		label = entry.Label
 	}
-	if f == "json" {
+	if f == formatJSON {
 		return printAttestationJSON(w, d, label)
 	}
 	var b strings.Builder

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -34,7 +33,7 @@ type attestationFetch struct {
 }
 
 func newAttestationFetch() *cobra.Command {
-	a := attestationFetch{format: "text"}
+	var a attestationFetch
 	cmd := &cobra.Command{
 		Use:   "fetch --measurements FILE [flags] URL",
 		Short: "Ask an enclave for a fresh attestation document and verify it",
@@ -46,7 +45,7 @@ The nonce shows that the document was made after it was chosen; without --nonce 
 document says nothing about a connection: that is what the handshake is verified for.`,
 		Example: `  cloister attestation fetch --measurements measurements.json https://shop.example
   cloister attestation fetch --measurements measurements.json --nonce 8f3c… --save attestation.bin https://shop.example`,
-		Args: cobra.ExactArgs(1),
+		Args: exactly("URL"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			u, err := url.Parse(args[0])
 			if err != nil {
@@ -76,7 +75,7 @@ document says nothing about a connection: that is what the handshake is verified
 	a.trust.flags(f)
 	f.StringVar(&a.nonce, "nonce", "", "nonce in `hex`adecimal, 1 to 64 bytes (default random)")
 	f.StringVar(&a.save, "save", "", "write the document to `file`")
-	f.VarP(&a.format, "format", "o", "text or json")
+	a.format.add(f, "text or json")
 	return cmd
 }
 
@@ -102,7 +101,11 @@ func (a *attestationFetch) run(ctx context.Context, u *url.URL, nonce []byte, st
 		return inWords(err)
 	}
 	if a.save != "" {
-		if err := os.WriteFile(a.save, doc, 0o644); err != nil {
+		err := replaceFile(ctx, a.save, func(w io.WriteSeeker) error {
+			_, err := w.Write(doc)
+			return err
+		})
+		if err != nil {
 			return err
 		}
 	}

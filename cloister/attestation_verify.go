@@ -21,7 +21,7 @@ type attestationVerify struct {
 }
 
 func newAttestationVerify() *cobra.Command {
-	v := attestationVerify{format: "text"}
+	var v attestationVerify
 	cmd := &cobra.Command{
 		Use:   "verify FILE [flags]",
 		Short: "Verify an attestation document",
@@ -36,7 +36,7 @@ itself: that shows who made it, not that it is fresh, which only a nonce shows.
 It exits 0 when the document is verified, 1 when it is refused, 2 when the command was called wrongly.`,
 		Example: `  cloister attestation verify attestation.bin --nonce 8f3c… --measurements measurements.json
   cloister attestation verify archived.bin --at document -o json`,
-		Args: cobra.ExactArgs(1),
+		Args: exactly("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var opts attestation.Options
 			var err error
@@ -60,7 +60,7 @@ It exits 0 when the document is verified, 1 when it is refused, 2 when the comma
 	v.rules.flags(f)
 	f.StringVar(&v.at, "at", "", "`time` at which the document must be valid (RFC 3339), or \"document\" for its own (default now)")
 	f.StringVar(&v.nonce, "nonce", "", "nonce that must be in the document, in `hex`adecimal")
-	f.VarP(&v.format, "format", "o", "text or json")
+	v.format.add(f, "text or json")
 	return cmd
 }
 

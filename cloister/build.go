@@ -28,8 +28,8 @@ var platforms = map[eif.Arch]string{eif.X86_64: "linux/amd64", eif.AArch64: "lin
 
 type build struct {
 	image, file, base, output string
+	format                    format
 	tags
-	measurementsFormat
 }
 
 func newBuild() *cobra.Command {
@@ -64,7 +64,7 @@ Credentials are those that "docker login" has stored. Layers pass through the fo
 	f.StringVar(&b.base, "base", "", "base EIF `file`: /base.eif of the initboot image")
 	f.StringVar(&b.output, "output", "", "write the sealed EIF to this `file`")
 	b.addPlain(f)
-	b.measurementsFormat.add(f)
+	b.format.add(f, measurementsUsage)
 	return cmd
 }
 
@@ -77,7 +77,7 @@ func (b *build) check() error {
 	case b.output == "":
 		return errors.New("name the file to write with --output")
 	}
-	return b.measurementsFormat.check()
+	return nil
 }
 
 func (b *build) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer) error {
@@ -150,7 +150,7 @@ func (b *build) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writ
 		return err
 	}
 	fmt.Fprintf(stderr, "%s: sealed with PCR16 %x\n", b.output, workload.PCR16(canonical))
-	return b.print(stdout, code)
+	return printMeasurements(stdout, b.format, code)
 }
 
 // metadata describes the EIF for people. It has no time of its own: the same inputs give the same bytes.

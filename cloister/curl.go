@@ -50,7 +50,7 @@ only to the enclave that was verified: redirects are shown, not followed.`,
 		Example: `  cloister curl --measurements measurements.json https://shop.example/
   cloister curl --measurements measurements.json --root dev-root.pem --connect-to 127.0.0.1:8443 https://shop/
   cloister curl --measurements measurements.json --bearer-token-file token https://shop.example/orders`,
-		Args: cobra.ExactArgs(1),
+		Args: exactly("URL"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req, err := c.request(cmd.Context(), args[0], cmd.InOrStdin())
 			if err != nil {

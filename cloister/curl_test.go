@@ -533,7 +533,7 @@ func TestCurlFailures(t *testing.T) {
 		"no measurements":   {[]string{url}, 2, "--measurements"},
 		"http":              {[]string{"--measurements", set, "http://127.0.0.1/"}, 2, "no https:// URL"},
 		"no scheme":         {[]string{"--measurements", set, "127.0.0.1"}, 2, "no https:// URL"},
-		"no URL":            {[]string{"--measurements", set}, 2, "accepts 1 arg(s)"},
+		"no URL":            {[]string{"--measurements", set}, 2, "name URL and nothing else"},
 		"unknown flag":      {[]string{"--insecure", url}, 2, "unknown flag"},
 		"bad header":        {[]string{"--measurements", set, "-H", "x", url}, 2, "Name: value"},
 		"bad connect-to":    {[]string{"--measurements", set, "--connect-to", "x", url}, 2, "HOST:PORT"},

@@ -7,7 +7,6 @@ import (
 	"io"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"cloister.dev/cloister/eif"
 )
@@ -25,26 +24,12 @@ func newEIF() *cobra.Command {
 	return cmd
 }
 
-// measurementsFormat is the flag of commands that print what an EIF measures.
-type measurementsFormat struct{ format string }
+// measurementsUsage is of the flag -o of commands that print what an EIF measures.
+const measurementsUsage = "text, or json as nitro-cli prints it"
 
-// formatJSON is the format that nitro-cli prints.
-const formatJSON = "json"
-
-func (m *measurementsFormat) add(f *pflag.FlagSet) {
-	f.StringVarP(&m.format, "format", "o", "text", "`format`: text, or json as nitro-cli prints it")
-}
-
-func (m *measurementsFormat) check() error {
-	if m.format != "text" && m.format != formatJSON {
-		return fmt.Errorf("there is no format %q: write text or json", m.format)
-	}
-	return nil
-}
-
-// print writes the registers, one a line, or as nitro-cli does.
-func (m *measurementsFormat) print(w io.Writer, code *eif.Measurements) error {
-	if m.format == formatJSON {
+// printMeasurements writes the registers, one a line, or as nitro-cli does.
+func printMeasurements(w io.Writer, f format, code *eif.Measurements) error {
+	if f == formatJSON {
 		return json.NewEncoder(w).Encode(struct{ Measurements *eif.Measurements }{code})
 	}
 	for _, r := range []struct {

@@ -22,7 +22,7 @@ func newEIFExtract() *cobra.Command {
 		Long: `Writes the sections to files of a folder, which is made if need be: kernel, cmdline, metadata.json,
 ramdisk0, ramdisk1, ..., and signature.cbor. The signature is not verified, for which see "cloister eif verify".`,
 		Example: `  cloister eif extract app.eif --dir parts`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if dir == "" {
 				return errors.New("name the folder to write to with --dir")

@@ -10,7 +10,7 @@ import (
 )
 
 func newEIFInspect() *cobra.Command {
-	var m measurementsFormat
+	var f format
 	cmd := &cobra.Command{
 		Use:   "inspect FILE",
 		Short: "Check an enclave image file and print what is in it",
@@ -18,19 +18,16 @@ func newEIFInspect() *cobra.Command {
 measurements. The metadata is not measured: whoever passed the file on may have changed it.`,
 		Example: `  cloister eif inspect app.eif
   cloister eif inspect app.eif -o json`,
-		Args: cobra.ExactArgs(1),
+		Args: exactly("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := m.check(); err != nil {
-				return err
-			}
-			return failed(inspectEIF(cmd.OutOrStdout(), args[0], m))
+			return failed(inspectEIF(cmd.OutOrStdout(), args[0], f))
 		},
 	}
-	m.add(cmd.Flags())
+	f.add(cmd.Flags(), measurementsUsage)
 	return cmd
 }
 
-func inspectEIF(w io.Writer, file string, m measurementsFormat) error {
+func inspectEIF(w io.Writer, file string, f format) error {
 	r, err := eif.Open(file)
 	if err != nil {
 		return err
@@ -40,8 +37,8 @@ func inspectEIF(w io.Writer, file string, m measurementsFormat) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	if m.format == formatJSON {
-		return m.print(w, code)
+	if f == formatJSON {
+		return printMeasurements(w, f, code)
 	}
 	cmdline, err := r.Cmdline()
 	if err != nil {
@@ -60,5 +57,5 @@ func inspectEIF(w io.Writer, file string, m measurementsFormat) error {
 		fmt.Fprintf(w, "name          %q %q, built %q by %q %q\n", metadata.ImageName, metadata.ImageVersion,
 			metadata.BuildMetadata.BuildTime, metadata.BuildMetadata.BuildTool, metadata.BuildMetadata.BuildToolVersion)
 	}
-	return m.print(w, code)
+	return printMeasurements(w, f, code)
 }

@@ -31,7 +31,7 @@ name with its digest. Every byte is verified by digest, and the file is checked 
 
 Credentials are those that "docker login" has stored.`,
 		Example: `  cloister eif pull registry.example/app-eif@sha256:… --output app.eif`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if output == "" {
 				return errors.New("name the file to write with --output")

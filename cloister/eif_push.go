@@ -37,7 +37,7 @@ same digest wherever it is pushed.
 
 Credentials are those that "docker login" has stored.`,
 		Example: `  cloister eif push app.eif registry.example/app-eif:1.4.0`,
-		Args:    cobra.ExactArgs(2),
+		Args:    exactly("FILE", "IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client := registry.Client{PlainHTTP: t.plain, Keychain: authn.DefaultKeychain}
 			return failed(pushEIF(cmd.Context(), cmd.OutOrStdout(), args[0], args[1], client))

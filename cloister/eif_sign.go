@@ -55,8 +55,8 @@ func (s *signing) load() (*eif.Signer, error) {
 
 type eifSign struct {
 	output string
+	format format
 	signing
-	measurementsFormat
 }
 
 func newEIFSign() *cobra.Command {
@@ -67,15 +67,12 @@ func newEIFSign() *cobra.Command {
 		Long: `Signs PCR0 of an enclave image file, in place or to another file. A signature that it has is replaced;
 nothing else changes. The certificate becomes PCR8. The same key signs the same file with the same bytes.`,
 		Example: `  cloister eif sign app.eif --sign-key key.pem --sign-cert cert.pem --output signed.eif`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if s.key == "" && s.cert == "" {
 				return errors.New("name the key and its certificate with --sign-key and --sign-cert")
 			}
 			if err := s.signing.check(); err != nil {
-				return err
-			}
-			if err := s.measurementsFormat.check(); err != nil {
 				return err
 			}
 			return failed(s.run(cmd.Context(), cmd.OutOrStdout(), args[0]))
@@ -84,7 +81,7 @@ nothing else changes. The certificate becomes PCR8. The same key signs the same 
 	f := cmd.Flags()
 	f.StringVar(&s.output, "output", "", "write the signed enclave image to this `file` (default: in place)")
 	s.signing.add(f)
-	s.measurementsFormat.add(f)
+	s.format.add(f, measurementsUsage)
 	return cmd
 }
 
@@ -110,5 +107,5 @@ func (s *eifSign) run(ctx context.Context, stdout io.Writer, file string) error 
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	return s.print(stdout, code)
+	return printMeasurements(stdout, s.format, code)
 }

@@ -13,8 +13,8 @@ import (
 )
 
 type eifVerify struct {
-	cert string
-	measurementsFormat
+	cert   string
+	format format
 }
 
 func newEIFVerify() *cobra.Command {
@@ -26,17 +26,14 @@ func newEIFVerify() *cobra.Command {
 Nitro does before it starts an enclave. Anyone can sign with a certificate of their own: say with --cert
 whose it must be, or compare PCR8.`,
 		Example: `  cloister eif verify app.eif --cert cert.pem`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := v.check(); err != nil {
-				return err
-			}
 			return failed(v.run(cmd.OutOrStdout(), cmd.ErrOrStderr(), args[0]))
 		},
 	}
 	f := cmd.Flags()
 	f.Var((*named)(&v.cert), "cert", "PEM `file` with the certificate that must have signed")
-	v.add(f)
+	v.format.add(f, measurementsUsage)
 	return cmd
 }
 
@@ -64,5 +61,5 @@ func (v *eifVerify) run(stdout, stderr io.Writer, file string) error {
 	if signer == nil {
 		fmt.Fprintln(stderr, "Whose certificate that is was not checked: name it with --cert, or compare PCR8.")
 	}
-	return v.print(stdout, code)
+	return printMeasurements(stdout, v.format, code)
 }

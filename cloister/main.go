@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -32,6 +33,16 @@ func newRoot() *cobra.Command {
 	}
 	root.AddCommand(newMeasure(), newSign(), newVerify(), newBuild(), newInject(), newPin(), newCurl(), newProxy(), newStatus(), newDoctor(), newEIF(), newAttestation())
 	return root
+}
+
+// exactly demands one argument for each name.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != len(names) {
+			return fmt.Errorf("name %s and nothing else: there are %d arguments", strings.Join(names, " and "), len(args))
+		}
+		return nil
+	}
 }
 
 // failure is an error of a command that was called rightly, and its exit code.

@@ -8,7 +8,33 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/spf13/pflag"
 )
+
+// format is what a command prints, text or json: the flag -o.
+type format string
+
+const (
+	formatText format = "text"
+	formatJSON format = "json"
+)
+
+func (f *format) String() string { return string(*f) }
+func (f *format) Type() string   { return "format" }
+
+func (f *format) Set(s string) error {
+	if s := format(s); s != formatText && s != formatJSON {
+		return errors.New("write text or json")
+	}
+	*f = format(s)
+	return nil
+}
+
+func (f *format) add(flags *pflag.FlagSet, usage string) {
+	*f = formatText
+	flags.VarP(f, "format", "o", usage)
+}
 
 // replaceFile makes the named file what write writes: all of it, or none if write fails or ctx ends. A
 // file that is there keeps its permissions.

@@ -50,7 +50,7 @@ tcp://HOST:PORT is anything else. The end of one direction is passed on, the oth
 Whoever can use this machine's loopback can use the port.`,
 		Example: `  cloister proxy --measurements measurements.json https://shop.example
   cloister proxy --measurements measurements.json --listen 127.0.0.1:6379 tcp://redis.shop.example:6379`,
-		Args: cobra.ExactArgs(1),
+		Args: exactly("URL"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := p.target(args[0]); err != nil {
 				return err

@@ -253,7 +253,7 @@ func TestProxyUsage(t *testing.T) {
 		want string
 	}{
 		"no measurements": {[]string{"https://a"}, 2, "--measurements"},
-		"no URL":          {[]string{"--measurements", set}, 2, "accepts 1 arg(s)"},
+		"no URL":          {[]string{"--measurements", set}, 2, "name URL and nothing else"},
 		"http":            {[]string{"--measurements", set, "http://a"}, 2, "neither https://HOST[:PORT] nor tcp://HOST:PORT"},
 		"path":            {[]string{"--measurements", set, "https://a/b"}, 2, "neither https://HOST[:PORT] nor tcp://HOST:PORT"},
 		"tcp port":        {[]string{"--measurements", set, "tcp://a"}, 2, "names no port"},

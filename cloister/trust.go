@@ -175,7 +175,7 @@ func parseMeasurements(b []byte, key crypto.PublicKey) (workload.MeasurementSet,
 	case errors.Is(err, signed.ErrSigned):
 		return nil, fmt.Errorf("%w: name the public key of its signer with --key", err)
 	case errors.Is(err, signed.ErrUnsigned):
-		return nil, fmt.Errorf("%w, and with --key only signed ones count: have it signed with `cloister sign`, or leave --key out if the file itself is trusted", err)
+		return nil, fmt.Errorf("%w, and with --key only signed ones count: have it signed with `cloister sign`, or, where the file itself is trusted, use it without --key", err)
 	}
 	return set, err
 }
