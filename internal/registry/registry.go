@@ -71,7 +71,11 @@ func (c *Client) plain(host string) bool {
 	return slices.Contains(c.PlainHTTP, host) || slices.Contains(c.PlainHTTP, bare)
 }
 
-// RoundTripper carries requests as c does: by TLS except to registries of PlainHTTP, whatever a redirect says.
+// maxRedirects is how often one request may be sent elsewhere: package remote follows redirects for ever.
+const maxRedirects = 10
+
+// RoundTripper carries requests as c does: by TLS except to registries of PlainHTTP, whatever a redirect says,
+// and after no more than maxRedirects of them.
 func (c *Client) RoundTripper() http.RoundTripper {
 	inner := c.Transport
 	if inner == nil {
@@ -80,6 +84,13 @@ func (c *Client) RoundTripper() http.RoundTripper {
 	return roundTripper(func(r *http.Request) (*http.Response, error) {
 		if r.URL.Scheme != "https" && !c.plain(r.URL.Host) {
 			return nil, errPlain
+		}
+		redirects := 0
+		for res := r.Response; res != nil && res.Request != nil; res = res.Request.Response {
+			redirects++
+		}
+		if redirects > maxRedirects {
+			return nil, fmt.Errorf("more than %d redirects", maxRedirects)
 		}
 		return inner.RoundTrip(r)
 	})
@@ -116,7 +127,6 @@ func (c *Client) Pin(ctx context.Context, image string) (string, error) {
 	if _, ok := ref.(name.Tag); !ok {
 		return "", fmt.Errorf("%q has a digest already", image)
 	}
-	// Package remote follows redirects for ever.
 	inner, requests := c.RoundTripper(), atomic.Int32{}
 	limited := roundTripper(func(r *http.Request) (*http.Response, error) {
 		if requests.Add(1) > maxRequests {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -172,5 +173,27 @@ func TestParse(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string(nil), ParseList("")); diff != "" {
 		t.Errorf("empty list (-want +got):\n%s", diff)
+	}
+}
+
+// A registry cannot keep anybody busy by redirects.
+func TestRedirects(t *testing.T) {
+	var requests atomic.Int32
+	loop := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v2/" {
+			return
+		}
+		if requests.Add(1) > 100 {
+			panic(http.ErrAbortHandler)
+		}
+		http.Redirect(w, r, r.URL.Path, http.StatusFound)
+	})
+	client := Client{PlainHTTP: []string{"127.0.0.1"}}
+	ref, err := client.Parse(host(loop) + "/a@sha256:" + strings.Repeat("0", 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := remote.Get(ref, client.Options(t.Context())...); err == nil || requests.Load() != 1+maxRedirects {
+		t.Errorf("%d requests, %v", requests.Load(), err)
 	}
 }
