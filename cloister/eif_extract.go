@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -34,20 +35,35 @@ ramdisk0, ramdisk1, ..., and signature.cbor. The signature is not verified, for 
 	return cmd
 }
 
-func extractEIF(ctx context.Context, stdout io.Writer, file, dir string) error {
+// extractEIF writes all of it, or leaves the folder as it was.
+func extractEIF(ctx context.Context, stdout io.Writer, file, dir string) (err error) {
 	r, err := eif.Open(file)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
+	entries, err := os.ReadDir(dir)
+	absent := errors.Is(err, fs.ErrNotExist)
+	if err == nil && len(entries) > 0 {
 		return fmt.Errorf("the folder %s is not empty: name another, so that nothing is mixed", dir)
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	} else if err != nil && !absent {
 		return err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
+	var names []string
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, name := range names {
+			os.Remove(name)
+		}
+		if absent {
+			os.Remove(dir)
+		}
+	}()
 	ramdisks := 0
 	for _, s := range r.Sections() {
 		name := s.Type.String()
@@ -68,7 +84,8 @@ func extractEIF(ctx context.Context, stdout io.Writer, file, dir string) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintln(stdout, name)
+		names = append(names, name)
 	}
-	return nil
+	_, err = fmt.Fprintln(stdout, strings.Join(names, "\n"))
+	return err
 }

@@ -333,6 +333,40 @@ func TestReplaceFileInterrupted(t *testing.T) {
 	}
 }
 
+// stopAfter is a context that ends after some looks at it.
+type stopAfter struct {
+	context.Context
+	looks int
+}
+
+func (s *stopAfter) Err() error {
+	if s.looks--; s.looks < 0 {
+		return context.Canceled
+	}
+	return nil
+}
+
+// TestExtractInterrupted: the sections that are written already are taken away again.
+func TestExtractInterrupted(t *testing.T) {
+	image, _ := writeEIF(t)
+	parent := t.TempDir()
+	there := filepath.Join(parent, "there")
+	if err := os.Mkdir(there, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{there, filepath.Join(parent, "absent")} {
+		if err := extractEIF(&stopAfter{t.Context(), 3}, io.Discard, image, dir); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	if entries, err := os.ReadDir(there); err != nil || len(entries) != 0 {
+		t.Errorf("%v is left, %v", entries, err)
+	}
+	if entries, err := os.ReadDir(parent); err != nil || len(entries) != 1 {
+		t.Errorf("%v is left, %v", entries, err)
+	}
+}
+
 func TestEIFRefuses(t *testing.T) {
 	image, _ := writeEIF(t)
 	damaged := writeFile(t, "damaged.eif", []byte(strings.Replace(read(t, image), "second", "SECOND", 1)))
