@@ -22,6 +22,10 @@ test-unit: ## build, verify, lint, and the tests that need no cluster
 test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be (RUN=TestName: one of them)
 	@hack/e2e.sh $(if $(RUN),-run '$(RUN)')
 
+.PHONY: e2e-vm
+e2e-vm: ## the base EIF's kernel in a virtual machine: vsock, the security module (CLOISTER_VM_BYTES=1073741824: so much each way)
+	@hack/e2e-vm.sh $(if $(RUN),-run '$(RUN)')
+
 .PHONY: bench-admission
 bench-admission: ## the CPU time and allocations of one admission, beside those of injectors by others
 	@hack/bench.sh

@@ -1,7 +1,7 @@
 // Initboot boots the enclave of a pod and holds its life; the same binary is the console, which stands
 // for the container that runs in the enclave.
 //
-//	initboot serve [--driver=process|nitro] [--plain-http-registries=HOST:PORT,...]
+//	initboot serve [--driver=process|qemu|nitro] [--plain-http-registries=HOST:PORT,...]
 //	                                             boot the enclave and serve the pod socket
 //	initboot console --grace-period=30s          run the workload, with its output and exit code
 //	initboot install seccomp [--folder=/var/lib/kubelet/seccomp/profiles]

@@ -22,6 +22,7 @@ import (
 	"cloister.dev/cloister/initboot/driver"
 	"cloister.dev/cloister/initboot/driver/nitro"
 	"cloister.dev/cloister/initboot/driver/process"
+	"cloister.dev/cloister/initboot/driver/qemu"
 	"cloister.dev/cloister/internal/channel"
 	"cloister.dev/cloister/internal/podenv"
 	"cloister.dev/cloister/internal/podsock"
@@ -33,7 +34,7 @@ import (
 // work is tried again, and probe boot says why.
 func serve(args []string) int {
 	f := flags("serve")
-	driverName := f.String("driver", "process", "how the enclave is launched: `process` or nitro")
+	driverName := f.String("driver", "process", "how the enclave is launched: `process`, qemu or nitro")
 	image := f.String("eif", "/base.eif", "enclave image `file`")
 	runDir := f.String("run-dir", podenv.RunDir, "`folder` that the pod's containers of Cloister share")
 	cacheDir := f.String("cache-dir", podenv.CacheDir, "`folder` of the image cache")
@@ -74,6 +75,8 @@ func newDriver(name, runDir string, log *slog.Logger) (driver.Driver, error) {
 	switch name {
 	case "process":
 		return process.Driver{Dir: runDir}, nil
+	case "qemu":
+		return qemu.Driver{Dir: runDir, Program: "/qemu/qemu-system-x86_64", Firmware: "/qemu/firmware"}, nil
 	case "nitro":
 		cpus, err := strconv.Atoi(os.Getenv(podenv.EnvCPUs))
 		if err != nil || cpus < 1 {
@@ -81,7 +84,7 @@ func newDriver(name, runDir string, log *slog.Logger) (driver.Driver, error) {
 		}
 		return nitro.Driver{CPUs: cpus, Transport: transport(), Log: log}, nil
 	default:
-		return nil, fmt.Errorf("there is no driver %q: --driver must be process or nitro", name)
+		return nil, fmt.Errorf("there is no driver %q: --driver must be process, qemu or nitro", name)
 	}
 }
 

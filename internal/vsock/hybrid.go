@@ -143,21 +143,35 @@ func (g *hybridGuest) accept() {
 	}
 }
 
-func (g *hybridGuest) connect(c net.Conn) {
-	c.SetDeadline(time.Now().Add(preambleTimeout))
-	line, err := readLine(c)
-	arg, ok := strings.CutPrefix(line, "CONNECT ")
-	if err != nil || !ok {
-		c.Close()
-		return
+// ReadConnect reads from a host that has connected to a guest's socket which port it wants. The answer is
+// "OK <number>\n", or the end of the connection.
+func ReadConnect(c net.Conn) (port uint32, err error) {
+	if err := c.SetDeadline(time.Now().Add(preambleTimeout)); err != nil {
+		return 0, err
 	}
-	port, err := strconv.ParseUint(arg, 10, 32)
+	line, err := readLine(c)
+	if err != nil {
+		return 0, err
+	}
+	arg, ok := strings.CutPrefix(line, "CONNECT ")
+	if !ok {
+		return 0, errors.New("it does not begin with CONNECT")
+	}
+	n, err := strconv.ParseUint(arg, 10, 32)
+	if err != nil {
+		return 0, err
+	}
+	return uint32(n), c.SetDeadline(time.Time{})
+}
+
+func (g *hybridGuest) connect(c net.Conn) {
+	port, err := ReadConnect(c)
 	if err != nil {
 		c.Close()
 		return
 	}
 	g.mu.Lock()
-	l := g.ports[uint32(port)]
+	l := g.ports[port]
 	g.n++
 	n := g.n
 	g.mu.Unlock()
@@ -165,7 +179,7 @@ func (g *hybridGuest) connect(c net.Conn) {
 		c.Close()
 		return
 	}
-	if _, err := fmt.Fprintf(c, "OK %d\n", n); err != nil || c.SetDeadline(time.Time{}) != nil {
+	if _, err := fmt.Fprintf(c, "OK %d\n", n); err != nil {
 		c.Close()
 		return
 	}
