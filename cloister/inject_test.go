@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
 
+	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/webhook/inject"
 	"cloister.dev/cloister/webhook/inject/injecttest"
 )
@@ -198,7 +199,7 @@ func TestInjectDocuments(t *testing.T) {
 		t.Errorf("the Deployment was not injected:\n%s", docs[1])
 	}
 	// PCR16 is that of the raw file.
-	image, _ := writeEIF(t)
+	image, _ := writeBase(t, eif.X86_64)
 	measured := call(t, deployment, "measure", "--eif", image, "-f", "-")
 	measured.want(t, 0)
 	_, pcr, _ := strings.Cut(strings.TrimSpace(measured.stdout), `"PCR16":"`)

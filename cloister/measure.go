@@ -235,7 +235,12 @@ func measureEIF(file string) (code *eif.Measurements, sealed []byte, err error) 
 	if code, err = r.Measure(); err != nil {
 		return nil, nil, fmt.Errorf("measure enclave image %s: %w", file, err)
 	}
-	if sealed, err = ramdisk.Manifest(r); err != nil && !errors.Is(err, ramdisk.ErrNotSealed) {
+	sealed, err = ramdisk.Manifest(r)
+	if n := len(r.Ramdisks()); errors.Is(err, ramdisk.ErrNotSealed) && n > 1 {
+		// The others may take the place of what is in the first.
+		err = fmt.Errorf("it has %d ramdisks and is not sealed, but a base EIF has one: take the base EIF, or build it with `cloister build`", n)
+	}
+	if err != nil && !errors.Is(err, ramdisk.ErrNotSealed) {
 		return nil, nil, fmt.Errorf("read enclave image %s: %w", file, err)
 	}
 	return code, sealed, nil

@@ -94,7 +94,7 @@ func writeEIF(t *testing.T) (string, *eif.Measurements) {
 }
 
 func TestMeasure(t *testing.T) {
-	image, code := writeEIF(t)
+	image, code := writeBase(t, eif.X86_64)
 	pcr16 := func(manifest string) string { return hex.EncodeToString(workload.PCR16([]byte(manifest))) }
 	line := func(label, manifest string) string {
 		return fmt.Sprintf(`{"label":%q,"PCR0":"%x","PCR1":"%x","PCR2":"%x","PCR16":%q}`, label, code.PCR0, code.PCR1, code.PCR2, pcr16(manifest))
@@ -139,7 +139,7 @@ func TestMeasure(t *testing.T) {
 
 // One value more in the template is another workload.
 func TestMeasureChange(t *testing.T) {
-	image, _ := writeEIF(t)
+	image, _ := writeBase(t, eif.X86_64)
 	pcr := func(yaml string) string {
 		r := call(t, yaml, "measure", "--eif", image, "-f", "-")
 		r.want(t, 0)
@@ -164,7 +164,7 @@ func TestMeasureChange(t *testing.T) {
 }
 
 func TestMeasurePlaintext(t *testing.T) {
-	image, _ := writeEIF(t)
+	image, _ := writeBase(t, eif.X86_64)
 	yaml := strings.Replace(deployment, "enclave: app", `enclave: app
         cloister.dev/config: |
           apiVersion: cloister.dev/v1alpha1
@@ -174,7 +174,8 @@ func TestMeasurePlaintext(t *testing.T) {
 }
 
 func TestMeasureRefuses(t *testing.T) {
-	image, _ := writeEIF(t)
+	image, _ := writeBase(t, eif.X86_64)
+	two, _ := writeEIF(t)
 	tests := map[string]struct {
 		args  []string
 		stdin string
@@ -186,6 +187,7 @@ func TestMeasureRefuses(t *testing.T) {
 		"argument":      {[]string{"x"}, "", 2, nil},
 		"no such file":  {[]string{"-f", "/nonexistent", "--eif", image}, "", 1, []string{"no such file"}},
 		"no EIF":        {[]string{"-f", "-", "--eif", "/dev/null"}, deployment, 1, []string{"read enclave image"}},
+		"two ramdisks":  {[]string{"-f", "-", "--eif", two}, deployment, 1, []string{"it has 2 ramdisks and is not sealed, but a base EIF has one"}},
 		"no annotation": {[]string{"-f", "-", "--eif", image}, service + "---\n" + strings.Replace(job, "cloister.dev", "example.com", 1), 1, []string{"no pod template has the annotation cloister.dev/enclave"}},
 		"no YAML":       {[]string{"-f", "-", "--eif", image}, "a: [", 1, []string{"read YAML document 1"}},
 		"typo":          {[]string{"-f", "-", "--eif", image}, strings.Replace(deployment, "/enclave", "/enclav", 1), 1, []string{`did you mean "cloister.dev/enclave"`}},

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/webhook/inject/injecttest"
 )
 
@@ -171,7 +172,7 @@ func TestResolve(t *testing.T) {
 	}
 	pinned := call(t, tagged, "pin", "-f", "-", plainLocal)
 	pinned.want(t, 0)
-	base, _ := writeEIF(t)
+	base, _ := writeBase(t, eif.X86_64)
 	a := call(t, tagged, "measure", "--eif", base, "-f", "-", "--pin", "resolve", plainLocal)
 	a.want(t, 0, "measured as 1.2\n", "the tag of app is "+digest[:19]+"… now")
 	b := call(t, pinned.stdout, "measure", "--eif", base, "-f", "-")
