@@ -39,7 +39,7 @@ func newRoot() *cobra.Command {
 func exactly(names ...string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) != len(names) {
-			return fmt.Errorf("name %s and nothing else: there are %d arguments", strings.Join(names, " and "), len(args))
+			return fmt.Errorf("name %s and nothing else: %d given", strings.Join(names, " and "), len(args))
 		}
 		return nil
 	}
