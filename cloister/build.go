@@ -60,7 +60,7 @@ Credentials are those that "docker login" has stored. Layers pass through the fo
 	}
 	f := cmd.Flags()
 	f.StringVar(&b.image, "image", "", "`image` reference, by digest or tag, or oci-layout:DIR")
-	f.StringVarP(&b.file, "filename", "f", "", "YAML or JSON `file` with the pod or its owner; - is standard input")
+	f.VarP((*named)(&b.file), "filename", "f", "YAML or JSON `file` with the pod or its owner; - is standard input")
 	f.StringVar(&b.base, "base", "", "base EIF `file`: /base.eif of the initboot image")
 	f.StringVar(&b.output, "output", "", "write the sealed EIF to this `file`")
 	b.addPlain(f)

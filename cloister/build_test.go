@@ -403,6 +403,7 @@ func TestBuildRefuses(t *testing.T) {
 	}{
 		"no image":             {[]string{"--base", base}, "", 2, "name the image with --image"},
 		"no base":              {[]string{"--image", "x"}, "", 2, "name the base EIF with --base"},
+		"empty name":           {[]string{"--image", layoutPrefix + writeLayout(t, good), "--base", base, "-f", ""}, "", 2, "the name is empty"},
 		"unknown format":       {[]string{"--image", "x", "--base", base, "-o", "yaml"}, "", 2, "write text or json"},
 		"argument":             {[]string{"--image", "x", "--base", base, "more"}, "", 2, ""},
 		"base of two ramdisks": {[]string{"--image", "x", "--base", two}, "", 1, "is no base EIF: it has 2 ramdisks"},

@@ -18,8 +18,8 @@ import (
 type signing struct{ key, cert string }
 
 func (s *signing) add(f *pflag.FlagSet) {
-	f.StringVar(&s.key, "sign-key", "", "PEM `file` with the private key that signs, on the curve P-256, P-384 or P-521")
-	f.StringVar(&s.cert, "sign-cert", "", "PEM `file` with the key's certificate, which PCR8 measures")
+	f.Var((*named)(&s.key), "sign-key", "PEM `file` with the private key that signs, on the curve P-256, P-384 or P-521")
+	f.Var((*named)(&s.cert), "sign-cert", "PEM `file` with the key's certificate, which PCR8 measures")
 }
 
 // check reports errors of usage.

@@ -288,6 +288,7 @@ func TestEIFBuildRefuses(t *testing.T) {
 		"sign: absent":        {append([]string{"eif", "sign", "/nonexistent"}, sign...), 1, "open /nonexistent"},
 		"verify: absent cert": {[]string{"eif", "verify", image, "--cert", "/nonexistent"}, 1, "read certificate: open /nonexistent"},
 		"verify: not a cert":  {[]string{"eif", "verify", image, "--cert", in.key}, 1, "not in PEM form"},
+		"empty sign key":      {in.build(image, "--sign-key", "", "--sign-cert", ""), 2, "the name is empty"},
 		"verify: empty cert":  {[]string{"eif", "verify", image, "--cert", ""}, 2, "the name is empty"},
 		"verify: format":      {[]string{"eif", "verify", image, "-o", "x"}, 2, "write text or json"},
 		"extract: not an EIF": {[]string{"eif", "extract", image, "--dir", in.dir}, 1, "fewer than the 548"},

@@ -37,8 +37,8 @@ func (r *rules) flags(f *pflag.FlagSet) {
 	f.BoolVar(&r.allowDebug, "allow-debug", false, "accept an enclave in debug mode, which its host can read")
 }
 
-// named is a flag with the name of a file that restricts what is accepted. An empty name, as an unset variable
-// of a script leaves it, must not mean that nothing is restricted.
+// named is a flag with the name of a file without which less is demanded, signed or sealed. An empty name, as an
+// unset variable of a script leaves it, must not mean that the flag is not there.
 type named string
 
 func (n *named) String() string { return string(*n) }
