@@ -6,20 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/cloister/initboot/driver"
-	"cloister.dev/cloister/internal/vsock"
+	"cloister.dev/cloister/initboot/driver/hybrid"
 )
 
 // overhead is how much the root file system may grow beyond the enclave's memory: the base EIF's own
@@ -35,42 +31,23 @@ type Driver struct {
 
 // Create makes the folder of the generation's sockets, in place of all former ones.
 func (d Driver) Create(generation uint64) (driver.Enclave, error) {
-	e := &enclave{
-		root: filepath.Join(d.Dir, "root"),
-		dir:  filepath.Join(d.Dir, "vsock", strconv.FormatUint(generation, 10)),
+	sockets, err := hybrid.Create(d.Dir, generation)
+	if err != nil {
+		return nil, err
 	}
-	// An initboot that was killed has left sockets, perhaps of a higher generation.
-	if err := os.RemoveAll(filepath.Dir(e.dir)); err != nil {
-		return nil, fmt.Errorf("remove sockets of an older enclave: %w", err)
-	}
-	for _, dir := range []string{e.root, e.dir} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("create folder of the enclave: %w", err)
-		}
-	}
-	// The sidecar, which has a uid of its own, binds host ports here too; nobody can take away another's.
-	if err := os.Chmod(e.dir, os.ModeSticky|0o777); err != nil {
-		return nil, fmt.Errorf("open folder of the enclave: %w", err)
+	e := &enclave{Enclave: sockets, root: filepath.Join(d.Dir, "root")}
+	if err := os.MkdirAll(e.root, 0o755); err != nil {
+		return nil, fmt.Errorf("create folder of the enclave: %w", err)
 	}
 	return e, nil
 }
 
-// enclave is a driver.Enclave.
+// enclave is a driver.Enclave. When its PID 1 is killed, the kernel kills all of its namespace and reaps it
+// before PID 1 itself can be waited for (zap_pid_ns_processes, kernel/pid_namespace.c). Its file systems go
+// with the last process.
 type enclave struct {
-	root, dir string
-
-	mu      sync.Mutex
-	process *os.Process   // nil before the start
-	ended   chan struct{} // closed when the process has been reaped
-	how     error         // once ended
-}
-
-func (e *enclave) socket() string { return filepath.Join(e.dir, vsock.HybridName) }
-
-func (e *enclave) Target() string { return "unix://" + e.socket() }
-
-func (e *enclave) Listen(port uint32) (net.Listener, error) {
-	return net.Listen("unix", vsock.HostPath(e.socket(), port))
+	*hybrid.Enclave
+	root string // a mount point
 }
 
 // config goes to the child on descriptor 3.
@@ -83,7 +60,7 @@ type config struct {
 // Start executes this binary again as the enclave's PID 1, which prepares the namespaces that it was
 // born into and then executes /init.
 func (e *enclave) Start(ctx context.Context, image driver.Image) error {
-	cfg, err := json.Marshal(config{EIF: image.EIF, Root: e.root, Sockets: e.dir, Size: image.Memory + overhead})
+	cfg, err := json.Marshal(config{EIF: image.EIF, Root: e.root, Sockets: e.Dir, Size: image.Memory + overhead})
 	if err != nil {
 		return err
 	}
@@ -108,37 +85,13 @@ func (e *enclave) Start(ctx context.Context, image driver.Image) error {
 	cmd.ExtraFiles = []*os.File{cfgR, errW}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-		Setsid:     true,
-		// With initboot, even when it is killed, PID 1 dies, and with PID 1 its whole namespace.
-		Pdeathsig: syscall.SIGKILL,
 	}
-	started := make(chan error, 1)
-	ended := make(chan struct{})
-	go func() {
-		// The kernel sends Pdeathsig when the *thread* ends that made the child, so this thread must live
-		// as long as the child.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		if err := cmd.Start(); err != nil {
-			started <- err
-			return
-		}
-		e.mu.Lock()
-		e.process, e.ended = cmd.Process, ended
-		e.mu.Unlock()
-		started <- nil
-		how := sentence(cmd.Wait())
-		e.mu.Lock()
-		e.how = how
-		e.mu.Unlock()
-		close(ended)
-	}()
-	if err := <-started; err != nil {
+	if _, err := e.Run(cmd, sentence); err != nil {
 		return fmt.Errorf("start enclave process (initboot must be root and have CAP_SYS_ADMIN): %w", err)
 	}
 	cfgR.Close()
 	errW.Close()
-	stop := context.AfterFunc(ctx, func() { e.kill() })
+	stop := context.AfterFunc(ctx, func() { e.Kill() })
 	defer stop()
 	if _, err := cfgW.Write(cfg); err != nil {
 		return fmt.Errorf("start enclave process: %w", err)
@@ -169,41 +122,4 @@ func sentence(err error) error {
 		return fmt.Errorf("the enclave's PID 1 exited with status %d", exit.ExitCode())
 	}
 	return fmt.Errorf("wait for the enclave's PID 1: %w", err)
-}
-
-func (e *enclave) kill() chan struct{} {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.process != nil {
-		// The kernel kills all of PID 1's namespace and reaps it before PID 1 itself can be waited for
-		// (zap_pid_ns_processes, kernel/pid_namespace.c). An error says that it has ended already.
-		e.process.Kill()
-	}
-	return e.ended
-}
-
-// Wait says how PID 1 ended.
-func (e *enclave) Wait() error {
-	e.mu.Lock()
-	ended := e.ended
-	e.mu.Unlock()
-	if ended == nil {
-		return errors.New("the enclave was not started")
-	}
-	<-ended
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.how
-}
-
-// Stop kills every process of the enclave and removes its sockets. Its file systems go with the last
-// process.
-func (e *enclave) Stop() error {
-	if ended := e.kill(); ended != nil {
-		<-ended
-	}
-	if err := os.RemoveAll(e.dir); err != nil {
-		return fmt.Errorf("remove sockets of the enclave: %w", err)
-	}
-	return nil
 }

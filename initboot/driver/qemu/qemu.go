@@ -9,8 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/cloister/initboot/driver"
+	"cloister.dev/cloister/initboot/driver/hybrid"
 	"cloister.dev/cloister/internal/vhostvsock"
 	"cloister.dev/cloister/internal/vsock"
 )
@@ -36,48 +35,27 @@ type Driver struct {
 
 // Create makes the folder of the generation's sockets, in place of all former ones.
 func (d Driver) Create(generation uint64) (driver.Enclave, error) {
-	e := &enclave{d: d, dir: filepath.Join(d.Dir, "vsock", strconv.FormatUint(generation, 10))}
-	// An initboot that was killed has left sockets, perhaps of a higher generation.
-	if err := os.RemoveAll(filepath.Dir(e.dir)); err != nil {
-		return nil, fmt.Errorf("remove sockets of an older enclave: %w", err)
+	sockets, err := hybrid.Create(d.Dir, generation)
+	if err != nil {
+		return nil, err
 	}
-	if err := os.MkdirAll(e.dir, 0o755); err != nil {
-		return nil, fmt.Errorf("create folder of the enclave: %w", err)
-	}
-	// The sidecar, which has a uid of its own, binds host ports here too; nobody can take away another's.
-	if err := os.Chmod(e.dir, os.ModeSticky|0o777); err != nil {
-		return nil, fmt.Errorf("open folder of the enclave: %w", err)
-	}
-	return e, nil
+	return &enclave{Enclave: sockets, d: d}, nil
 }
 
 // enclave is a driver.Enclave.
 type enclave struct {
-	d   Driver
-	dir string
-
-	mu      sync.Mutex
-	process *os.Process   // nil before the start
-	ended   chan struct{} // closed when QEMU has been reaped and its device has gone
-	how     error         // once ended
-}
-
-func (e *enclave) socket() string { return filepath.Join(e.dir, vsock.HybridName) }
-
-func (e *enclave) Target() string { return "unix://" + e.socket() }
-
-func (e *enclave) Listen(port uint32) (net.Listener, error) {
-	return net.Listen("unix", vsock.HostPath(e.socket(), port))
+	*hybrid.Enclave
+	d Driver
 }
 
 // dialHost is the enclave's way to a port of its host.
 func (e *enclave) dialHost(port uint32) (*net.UnixConn, error) {
-	return net.DialUnix("unix", nil, &net.UnixAddr{Name: vsock.HostPath(e.socket(), port), Net: "unix"})
+	return net.DialUnix("unix", nil, &net.UnixAddr{Name: vsock.HostPath(e.Socket(), port), Net: "unix"})
 }
 
 // Start runs QEMU. It returns when the enclave's /init has found its vsock device.
 func (e *enclave) Start(ctx context.Context, image driver.Image) error {
-	l, err := listen(e.socket())
+	l, err := listen(e.Socket())
 	if err != nil {
 		return fmt.Errorf("listen for the enclave: %w", err)
 	}
@@ -107,37 +85,18 @@ func (e *enclave) Start(ctx context.Context, image driver.Image) error {
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = image.Console, &complaint
 	cmd.ExtraFiles = []*os.File{theirs}
-	// With initboot, even when it is killed, the enclave dies.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	started := make(chan error, 1)
-	ended := make(chan struct{})
-	go func() {
-		// The kernel sends Pdeathsig when the *thread* ends that made the child, so this thread must live
-		// as long as the child.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		theirs.Close()
-		if err == nil {
-			e.mu.Lock()
-			e.process, e.ended = cmd.Process, ended
-			e.mu.Unlock()
-		}
-		started <- err
-		how := error(nil)
-		if err == nil {
-			how = sentence(cmd.Wait(), complaint.String())
-		}
+	release := func() {
 		l.Close()
 		ours.Close()
 		parts.Wait()
-		e.mu.Lock()
-		e.how = how
-		e.mu.Unlock()
-		close(ended)
-	}()
-	if err := <-started; err != nil {
-		<-ended
+	}
+	ended, err := e.Run(cmd, func(err error) error {
+		release()
+		return sentence(err, complaint.String())
+	})
+	theirs.Close()
+	if err != nil {
+		release()
 		return fmt.Errorf("start QEMU: %w", err)
 	}
 	select {
@@ -146,7 +105,7 @@ func (e *enclave) Start(ctx context.Context, image driver.Image) error {
 	case <-ended:
 		return e.Wait()
 	case <-ctx.Done():
-		<-e.kill()
+		<-e.Kill()
 		return context.Cause(ctx)
 	}
 }
@@ -230,38 +189,4 @@ func sentence(err error, complaint string) error {
 		return fmt.Errorf("the enclave's QEMU exited with status %d: %s", exit.ExitCode(), complaint)
 	}
 	return fmt.Errorf("wait for the enclave's QEMU: %w", err)
-}
-
-func (e *enclave) kill() chan struct{} {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.process != nil {
-		e.process.Kill() // an error says that it has ended already
-	}
-	return e.ended
-}
-
-// Wait says how the enclave ended.
-func (e *enclave) Wait() error {
-	e.mu.Lock()
-	ended := e.ended
-	e.mu.Unlock()
-	if ended == nil {
-		return errors.New("the enclave was not started")
-	}
-	<-ended
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.how
-}
-
-// Stop kills the machine and removes its sockets.
-func (e *enclave) Stop() error {
-	if ended := e.kill(); ended != nil {
-		<-ended
-	}
-	if err := os.RemoveAll(e.dir); err != nil {
-		return fmt.Errorf("remove sockets of the enclave: %w", err)
-	}
-	return nil
 }
