@@ -23,7 +23,7 @@ test-e2e: ## the end-to-end tests, on a kind cluster that is made if need be (RU
 	@hack/e2e.sh $(if $(RUN),-run '$(RUN)')
 
 .PHONY: e2e-vm
-e2e-vm: ## the base EIF's kernel in a virtual machine: vsock, the security module (CLOISTER_VM_BYTES=1073741824: so much each way)
+e2e-vm: ## enclaves in virtual machines, without a cluster (CLOISTER_VM_BYTES=1073741824: so much each way)
 	@hack/e2e-vm.sh $(if $(RUN),-run '$(RUN)')
 
 .PHONY: bench-admission

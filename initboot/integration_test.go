@@ -45,6 +45,7 @@ type pod struct {
 	dir, bin     string
 	shared       string // folder of what several pods have in common
 	env          []string
+	kernel       string // folder of vmlinuz and modules; empty where the kernel is never booted
 	measurements workload.MeasurementSet
 	root         []byte // PEM
 	initboot     *exec.Cmd
@@ -64,13 +65,13 @@ func build(t *testing.T, out, pkg string, args ...string) {
 // newPod builds everything and starts initboot.
 func newPod(t *testing.T) *pod {
 	t.Helper()
-	p := preparePod(t, "devnsm")
+	p := preparePod(t, "devnsm", "")
 	p.start(t, (*exec.Cmd).Start)
 	return p
 }
 
-// preparePod builds everything, initboot with tags.
-func preparePod(t *testing.T, tags string) *pod {
+// preparePod builds everything, initboot with tags, and the EIF around a kernel if there is one.
+func preparePod(t *testing.T, tags, kernel string) *pod {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("the process driver needs root")
@@ -80,7 +81,7 @@ func preparePod(t *testing.T, tags string) *pod {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	p := &pod{dir: dir, shared: dir, bin: filepath.Join(dir, "initboot")}
+	p := &pod{dir: dir, shared: dir, bin: filepath.Join(dir, "initboot"), kernel: kernel}
 	build(t, p.bin, ".", "-tags="+tags)
 	build(t, filepath.Join(dir, "enclaved"), "cloister.dev/cloister/enclaved")
 	build(t, filepath.Join(dir, "server"), "./testdata/workload")
@@ -153,16 +154,32 @@ func (p *pod) write(t *testing.T, name string, b []byte) {
 	}
 }
 
-// writeEIF packs enclaved as the base EIF does, around a kernel that is never booted.
+// writeEIF packs enclaved as the base EIF does.
 func (p *pod) writeEIF(t *testing.T) *eif.Measurements {
 	t.Helper()
 	program, err := os.ReadFile(p.path("enclaved"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	records := []cpio.Record{cpio.StaticFile("init", string(program), 0o755)}
+	kernel := []byte("kernel")
+	if p.kernel != "" {
+		records = append(records, cpio.Directory("modules", 0o755))
+		modules, _ := filepath.Glob(filepath.Join(p.kernel, "modules/*"))
+		for _, m := range modules {
+			b, err := os.ReadFile(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			records = append(records, cpio.StaticFile("modules/"+filepath.Base(m), string(b), 0o644))
+		}
+		if kernel, err = os.ReadFile(filepath.Join(p.kernel, "vmlinuz")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var disk bytes.Buffer
 	archive := cpio.Newc.Writer(&disk)
-	if err := errors.Join(cpio.WriteRecords(archive, []cpio.Record{cpio.StaticFile("init", string(program), 0o755)}), cpio.WriteTrailer(archive)); err != nil {
+	if err := errors.Join(cpio.WriteRecords(archive, records), cpio.WriteTrailer(archive)); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.Create(p.path("base.eif"))
@@ -171,7 +188,7 @@ func (p *pod) writeEIF(t *testing.T) *eif.Measurements {
 	}
 	defer f.Close()
 	m, err := eif.Write(f, eif.Image{
-		Arch: eif.X86_64, Kernel: strings.NewReader("kernel"), Cmdline: "quiet cloister.nsm=dev",
+		Arch: eif.X86_64, Kernel: bytes.NewReader(kernel), Cmdline: "quiet console=ttyS0 reboot=k panic=-1 pci=off random.trust_cpu=on cloister.nsm=dev",
 		Ramdisks: []eif.Data{bytes.NewReader(disk.Bytes())},
 	})
 	if err != nil {
@@ -347,8 +364,20 @@ func (p *pod) enclavePID(t *testing.T) int {
 }
 
 // TestPod is the life of a pod without Kubernetes: the real initboot, enclaved and console.
-func TestPod(t *testing.T) {
-	p := newPod(t)
+func TestPod(t *testing.T) { newPod(t).live(t) }
+
+// TestVirtualPod is the same in a virtual machine, with the base EIF's kernel.
+func TestVirtualPod(t *testing.T) {
+	out := os.Getenv("CLOISTER_OUT")
+	if out == "" {
+		t.Skip("CLOISTER_OUT is not set: run make e2e-vm, which builds QEMU and the kernel first")
+	}
+	p := preparePod(t, "devnsm", filepath.Join(out, "kernel"))
+	p.start(t, (*exec.Cmd).Start, "--driver=qemu", "--qemu="+filepath.Join(out, "qemu"))
+	p.live(t)
+}
+
+func (p *pod) live(t *testing.T) {
 	until(t, func() string { return p.probe("boot") })
 	if why := p.probe("startup"); !strings.Contains(why, "has not been started yet") || strings.Contains(why, "\n") {
 		t.Errorf("startup probe before the console: %q", why)

@@ -135,7 +135,7 @@ func (p *pod) another(t *testing.T) *pod {
 
 // TestNitro runs initboot with the nitro driver as it is, but for its vsock, against an emulated device.
 func TestNitro(t *testing.T) {
-	p := preparePod(t, "devnsm,vsockemu")
+	p := preparePod(t, "devnsm,vsockemu", "")
 	t.Run("life", func(t *testing.T) { testNitroLife(t, p.another(t)) })
 	t.Run("failures", func(t *testing.T) { testNitroFailures(t, p.another(t)) })
 	t.Run("four at once", func(t *testing.T) { testNitroNode(t, []*pod{p.another(t), p.another(t), p.another(t), p.another(t)}) })

@@ -35,6 +35,7 @@ import (
 func serve(args []string) int {
 	f := flags("serve")
 	driverName := f.String("driver", "process", "how the enclave is launched: `process`, qemu or nitro")
+	qemuDir := f.String("qemu", "/qemu", "`folder` of QEMU, which is called run, and its firmware; driver qemu only")
 	image := f.String("eif", "/base.eif", "enclave image `file`")
 	runDir := f.String("run-dir", podenv.RunDir, "`folder` that the pod's containers of Cloister share")
 	cacheDir := f.String("cache-dir", podenv.CacheDir, "`folder` of the image cache")
@@ -52,7 +53,7 @@ func serve(args []string) int {
 	}()
 
 	cfg := boot.Config{EIF: *image, Console: os.Stderr, Log: slog.Default()}
-	cfg.Driver, cfg.Invalid = newDriver(*driverName, *runDir, cfg.Log)
+	cfg.Driver, cfg.Invalid = newDriver(*driverName, *runDir, *qemuDir, cfg.Log)
 	if err := configure(&cfg, registry.Client{PlainHTTP: registry.ParseList(*plain)}, *cacheDir, *keyDir); err != nil {
 		cfg.Invalid = errors.Join(cfg.Invalid, err)
 	}
@@ -71,12 +72,12 @@ func serve(args []string) int {
 }
 
 // newDriver returns the driver of a name.
-func newDriver(name, runDir string, log *slog.Logger) (driver.Driver, error) {
+func newDriver(name, runDir, qemuDir string, log *slog.Logger) (driver.Driver, error) {
 	switch name {
 	case "process":
 		return process.Driver{Dir: runDir}, nil
 	case "qemu":
-		return qemu.Driver{Dir: runDir, Program: "/qemu/qemu-system-x86_64", Firmware: "/qemu/firmware"}, nil
+		return qemu.Driver{Dir: runDir, Program: filepath.Join(qemuDir, "run"), Firmware: filepath.Join(qemuDir, "firmware")}, nil
 	case "nitro":
 		cpus, err := strconv.Atoi(os.Getenv(podenv.EnvCPUs))
 		if err != nil || cpus < 1 {
