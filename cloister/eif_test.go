@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -311,6 +312,31 @@ func TestEIFBuildRefuses(t *testing.T) {
 				t.Errorf("%v is left, %v", entries, err)
 			}
 		})
+	}
+}
+
+// TestReplaceFileMode: what nobody else may read stays so.
+func TestReplaceFileMode(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir := t.TempDir()
+	there := filepath.Join(dir, "there")
+	if err := os.WriteFile(there, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(there, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]os.FileMode{"new": 0o600, "there": 0o640} {
+		err := replaceFile(t.Context(), filepath.Join(dir, name), func(w io.WriteSeeker) error {
+			_, err := io.WriteString(w, "secret")
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode() != want {
+			t.Errorf("%s has mode %v, want %v, %v", name, info.Mode(), want, err)
+		}
 	}
 }
 

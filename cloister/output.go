@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -37,9 +38,9 @@ func (f *format) add(flags *pflag.FlagSet, usage string) {
 }
 
 // replaceFile makes the named file what write writes: all of it, or none if write fails or ctx ends. A
-// file that is there keeps its permissions.
+// file that is there keeps its permissions, and a new one has those that the umask leaves.
 func replaceFile(ctx context.Context, name string, write func(io.WriteSeeker) error) (err error) {
-	mode := fs.FileMode(0o644)
+	mode, keep := fs.FileMode(0o666), false
 	if target, err := filepath.EvalSymlinks(name); err == nil {
 		name = target
 	}
@@ -47,9 +48,9 @@ func replaceFile(ctx context.Context, name string, write func(io.WriteSeeker) er
 		if !info.Mode().IsRegular() {
 			return fmt.Errorf("write %s: it is not a regular file: name another", name)
 		}
-		mode = info.Mode().Perm()
+		mode, keep = info.Mode().Perm(), true
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+"."+rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, mode)
 	var p *fs.PathError
 	if errors.As(err, &p) {
 		err = p.Err // the name of the temporary file says nothing
@@ -66,8 +67,10 @@ func replaceFile(ctx context.Context, name string, write func(io.WriteSeeker) er
 	if err := write(interruptible{ctx, f}); err != nil {
 		return err
 	}
-	if err := f.Chmod(mode); err != nil {
-		return err
+	if keep {
+		if err := f.Chmod(mode); err != nil {
+			return err
+		}
 	}
 	if err := f.Sync(); err != nil {
 		return err
