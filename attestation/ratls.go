@@ -183,6 +183,13 @@ func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
 	config.SessionTicketsDisabled, config.ClientSessionCache = true, nil
 	config.NextProtos = slices.Concat(config.NextProtos, []string{ALPN})
 	config.InsecureSkipVerify = true // replaced by VerifyConnection, which sees every handshake
+	v.demand(config)
+	return config
+}
+
+// demand makes every handshake of config fail whose other end is not verified. What config already does
+// with a connection comes afterwards.
+func (v *Verifier) demand(config *tls.Config) {
 	after := config.VerifyConnection
 	now := config.Time
 	if now == nil {
@@ -197,7 +204,6 @@ func (v *Verifier) ClientConfig(base *tls.Config) *tls.Config {
 		}
 		return nil
 	}
-	return config
 }
 
 // Document verifies an established connection and returns its document, which must not be changed;
@@ -285,20 +291,7 @@ func (c *ClientVerifier) ServerConfig(base *tls.Config) *tls.Config {
 	config.SessionTicketsDisabled = true
 	config.ClientAuth, config.ClientCAs = tls.RequireAnyClientCert, nil
 	config.GetConfigForClient = nil // could lead around all of this
-	after := config.VerifyConnection
-	now := config.Time
-	if now == nil {
-		now = time.Now
-	}
-	config.VerifyConnection = func(state tls.ConnectionState) error {
-		if _, err := c.v.verifyConnection(state, now()); err != nil {
-			return err
-		}
-		if after != nil {
-			return after(state)
-		}
-		return nil
-	}
+	c.v.demand(config)
 	return config
 }
 
