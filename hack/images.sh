@@ -1,7 +1,7 @@
 #!/bin/bash
 # Usage: images.sh [NAME]... Builds our images, all or the named ones, and
-# loads those into the cluster that it does not have yet. The collector and the servers behind it are built
-# only when they are named. A tag is a hash of the contents. Writes $OUT/images.env:
+# loads those into the cluster that it does not have yet. The collector, the servers behind it and
+# initboot-qemu are built only when they are named. A tag is a hash of the contents. Writes $OUT/images.env:
 # one NAME_IMAGE=reference a line.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -57,6 +57,19 @@ initboot() {
   image initboot-dev "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem "$roots" -- --add "$roots:$roots" \
     --add "$OUT/initboot-dev:/initboot" --add "$OUT/base-dev.eif:/base.eif" \
     --add "$CACHE/dev-root/key.pem:/etc/cloister/dev/key.pem:600" --add "$CACHE/dev-root/root.pem:/etc/cloister/dev/root.pem" \
+    --entrypoint '["/initboot"]'
+}
+# The -dev image with QEMU, for DRIVER=qemu of a development installation.
+initboot-qemu() {
+  binary initboot-dev initboot -tags devnsm
+  "$HACK/base-eif.sh"
+  "$HACK/dev-root.sh"
+  "$HACK/qemu.sh"
+  image initboot-qemu "$OUT"/{initboot-dev,base-dev.eif} "$CACHE"/dev-root/{key,root}.pem "$roots" "$OUT"/qemu/{qemu-system-x86_64,libs/*,firmware/*} -- --add "$roots:$roots" \
+    --add "$OUT/initboot-dev:/initboot" --add "$OUT/base-dev.eif:/base.eif" \
+    --add "$CACHE/dev-root/key.pem:/etc/cloister/dev/key.pem:600" --add "$CACHE/dev-root/root.pem:/etc/cloister/dev/root.pem" \
+    --add "$OUT/qemu/qemu-system-x86_64:/qemu/run" --add "$OUT/qemu/firmware:/qemu/firmware" \
+    --add "$OUT/qemu/libs:/lib/x86_64-linux-gnu" --add "$OUT/qemu/libs/ld-linux-x86-64.so.2:/lib64/ld-linux-x86-64.so.2" \
     --entrypoint '["/initboot"]'
 }
 sidecar() {
