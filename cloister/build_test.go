@@ -412,7 +412,7 @@ func TestBuildRefuses(t *testing.T) {
 		"no registry":          {[]string{"--image", "127.0.0.1:1/a@" + digest, plainLocal, "--base", base}, "", 1, "the registry 127.0.0.1:1 cannot be reached"},
 		"no layout":            {[]string{"--image", layoutPrefix + t.TempDir(), "--base", base}, "", 1, "it has no index.json"},
 		"two images":           {[]string{"--image", layoutPrefix + writeLayout(t, good, platformImage(t, "amd64")), "--base", base}, "", 1, "must name one image"},
-		"other platform":       {[]string{"--image", layoutPrefix + writeLayout(t, platformImage(t, "arm64")), "--base", base}, "", 1, "the image is for linux/arm64, the enclave needs linux/amd64"},
+		"other platform":       {[]string{"--image", layoutPrefix + writeLayout(t, platformImage(t, "arm64")), "--base", base}, "", 1, `the image is for "linux/arm64", the enclave needs "linux/amd64"`},
 		"flipped layer":        {[]string{"--image", spoil(layer, flip), "--base", base}, "", 1, "layer 2 of 2: sha256:"},
 		"short layer":          {[]string{"--image", spoil(layer, func(b []byte) []byte { return b[1:] }), "--base", base}, "", 1, "came with another size"},
 		"long layer":           {[]string{"--image", spoil(layer, func(b []byte) []byte { return append(b, 0) }), "--base", base}, "", 1, "came with another size"},

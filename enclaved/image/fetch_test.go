@@ -244,7 +244,7 @@ func TestUnusableImages(t *testing.T) {
 		limit    int64
 		want     string
 	}{
-		"other platform in the config":  {func(c, _ object) { c["architecture"] = "arm64" }, "", plenty, "the image is for linux/arm64"},
+		"other platform in the config":  {func(c, _ object) { c["architecture"] = "arm64" }, "", plenty, `the image is for "linux/arm64"`},
 		"platform not in the index":     {nil, "linux/s390x", plenty, "no image for linux/s390x"},
 		"too few diff_ids":              {func(c, _ object) { c["rootfs"] = object{"diff_ids": []string{}} }, "", plenty, "2 layers and 0 diff_ids"},
 		"another diff_id":               {func(c, _ object) { d := c["rootfs"].(object)["diff_ids"].([]any); d[1] = d[0] }, "", plenty, "layer 2 of 2: unpacked it is"},

@@ -175,7 +175,7 @@ func ParseConfig(b []byte, platform string, layers int) (*ConfigFile, error) {
 		return nil, fmt.Errorf("decode the image's config: %w", err)
 	}
 	if p := c.OS + "/" + c.Architecture; p != platform {
-		return nil, fmt.Errorf("the image is for %s, the enclave needs %s", p, platform)
+		return nil, fmt.Errorf("the image is for %q, the enclave needs %q", p, platform)
 	}
 	if len(c.RootFS.DiffIDs) != layers {
 		return nil, fmt.Errorf("the image has %d layers and %d diff_ids in its config", layers, len(c.RootFS.DiffIDs))
