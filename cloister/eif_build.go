@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -120,8 +121,8 @@ func (b *eifBuild) run(ctx context.Context, stdout io.Writer) error {
 		if b.info.CustomMetadata, err = os.ReadFile(b.metadata); err != nil {
 			return fmt.Errorf("read metadata: %w", err)
 		}
-		if len(b.info.CustomMetadata) == 0 {
-			return fmt.Errorf("read metadata: %s is empty, but must be JSON", b.metadata)
+		if !json.Valid(b.info.CustomMetadata) {
+			return fmt.Errorf("read metadata: %s is not JSON", b.metadata)
 		}
 	}
 	if img.Signer, err = b.load(); err != nil {

@@ -88,7 +88,7 @@ func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 func ParseCertificate(certPEM []byte) (*x509.Certificate, error) {
 	block, _ := pem.Decode(certPEM)
 	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("the signing certificate is not in PEM form")
+		return nil, errors.New("the signing certificate must be a certificate in PEM form")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
