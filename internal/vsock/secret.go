@@ -133,12 +133,13 @@ func (s Secret) Listen(l net.Listener, port uint32) net.Listener {
 			unproven <- struct{}{}
 			go func() {
 				err := s.proveAcceptor(c, port)
-				<-unproven
 				if err != nil {
 					c.Close()
-					return
 				}
-				p.deliver(c)
+				<-unproven
+				if err == nil {
+					p.deliver(c)
+				}
 			}()
 		}
 	}()
