@@ -1,8 +1,8 @@
 #!/bin/bash
 # `make bench-admission-kind`: how long the API server waits for the webhook while 300 pods are created, and the
 # memory of the webhook after that. First a Deployment of 300 replicas, at the pace of the controller manager; no
-# scheduler takes its pods. Then a dry run of 300 pods by four clients, as fast as they can. ROUNDS (5) of both; each
-# waits, for up to a minute, until other programs leave the CPUs idle.
+# scheduler takes its pods. Then dry runs of 300 pods, by one client and by four, as fast as they can. ROUNDS (5) of all;
+# each waits, for up to a minute, until other programs leave the CPUs idle.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$HACK/up.sh" install
@@ -33,9 +33,24 @@ report() {
       if (count[n] < 300) { print "only " count[n] + 0 " calls were counted" >"/dev/stderr"; exit 1 }
       for (i = 1; count[i] < .99 * count[n]; i++);
       low = i > 1 ? limit[i-1] : 0; below = i > 1 ? count[i-1] : 0
-      printf "%-11s p99 %5.1f ms: %d calls, %d within 5 ms, %d within 25 ms; CPUs %d %% idle before\n", what,
+      printf "%-12s p99 %5.1f ms: %d calls, %d within 5 ms, %d within 25 ms; CPUs %d %% idle before\n", what,
         1000 * (low + (limit[i] - low) * (.99 * count[n] - below) / (count[i] - below)), count[n], count[1], count[2], idle
     }' "$dir/before" "$dir/after" | tee -a "$dir/figures"
+}
+# dry_run WHAT FILE...: creates the pods of each file, one after the other, by a client of its own, and reports. The
+# clients are no part of a cluster: what runs in it goes before.
+dry_run() {
+  local what=$1 file p pids=()
+  shift
+  calm
+  buckets >"$dir/before"
+  for file; do
+    nice -n 19 kubectl -n "$namespace" create --dry-run=server -o name -f "$file" <&0 >"$dir/$what.out" 2>>"$dir/$what.err" &
+    pids+=($!)
+  done
+  for p in "${pids[@]}"; do wait "$p" || { cat "$dir/$what.err" >&2; die "a pod was refused: read above"; }; done
+  buckets >"$dir/after"
+  report "$what"
 }
 # pod INDENT: the body of the pod.
 pod() {
@@ -81,21 +96,12 @@ for _ in $(seq "${ROUNDS:-5}"); do
   buckets >"$dir/after"
   report Deployment
 
-  calm
-  buckets >"$dir/before"
-  pids=()
-  for i in 1 2 3 4; do
-    # The clients are no part of a cluster: what runs in it goes before.
-    nice -n 19 kubectl -n "$namespace" create --dry-run=server -o name -f "$dir/$i.yaml" >"$dir/$i.out" 2>"$dir/$i.err" &
-    pids+=($!)
-  done
-  for p in "${pids[@]}"; do wait "$p" || { cat "$dir"/*.err >&2; die "a pod was refused: read above"; }; done
-  buckets >"$dir/after"
-  report clients
+  cat "$dir"/[1-4].yaml | dry_run one-client -
+  dry_run four-clients "$dir"/[1-4].yaml
   kubectl delete namespace "$namespace" >/dev/null
 done
-for what in Deployment clients; do
-  sed -nE "s/^$what +p99 +([0-9.]+) .*/\1/p" "$dir/figures" | sort -n | awk -v what="$what" '{ v[NR] = $1 } END { printf "%-11s p99 %5.1f ms: the median\n", what, NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'
+for what in Deployment one-client four-clients; do
+  sed -nE "s/^$what +p99 +([0-9.]+) .*/\1/p" "$dir/figures" | sort -n | awk -v what="$what" '{ v[NR] = $1 } END { printf "%-12s p99 %5.1f ms: the median\n", what, NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'
 done
 kubectl -n cloister-system get pods -l app.kubernetes.io/name=cloister-webhook -o name | while read -r pod; do
   rss=$(kubectl get --raw "/api/v1/namespaces/cloister-system/pods/${pod#pod/}:8080/proxy/metrics" | sed -n 's/^process_resident_memory_bytes //p')
