@@ -10,10 +10,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/cloister/initboot/driver/drivertest"
 )
 
 // newNode is a machine of 8 vCPUs, 4 of them for enclaves.
@@ -36,19 +37,10 @@ func newNode(t *testing.T, change func(*Options)) *Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		until(t, "all vCPUs are free", func() bool { return n.FreeCPUs() == len(o.Pool) })
+		drivertest.Until(t, "all vCPUs are free", func() bool { return n.FreeCPUs() == len(o.Pool) })
 		n.Close()
 	})
 	return n
-}
-
-func until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
-		}
-	}
 }
 
 // call is an ioctl with 8-byte words, or one of 4 bytes for NE_ADD_VCPU.
@@ -269,7 +261,7 @@ func TestOtherProcess(t *testing.T) {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
-	until(t, "both enclaves are closed", func() bool {
+	drivertest.Until(t, "both enclaves are closed", func() bool {
 		for _, e := range n.Enclaves() {
 			if e.Calls[len(e.Calls)-1] != "close" {
 				return false

@@ -81,6 +81,16 @@ func Dir(t testing.TB) string {
 	return dir
 }
 
+// Until waits for a condition, for at most 30 s.
+func Until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
 // WriteEIF writes a small EIF into a folder of the test and returns its path.
 func WriteEIF(t testing.TB, cmdline string) string {
 	t.Helper()

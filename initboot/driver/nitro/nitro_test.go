@@ -41,20 +41,10 @@ func node(t *testing.T, change func(*nitroemu.Options)) *nitroemu.Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		until(t, "the node has its vCPUs back", func() bool { return n.FreeCPUs() == len(o.Pool) })
+		drivertest.Until(t, "the node has its vCPUs back", func() bool { return n.FreeCPUs() == len(o.Pool) })
 		n.Close()
 	})
 	return n
-}
-
-// until waits for a condition.
-func until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
-		}
-	}
 }
 
 // launch makes an enclave of the node and starts it; it is stopped with the test.
@@ -164,7 +154,7 @@ func TestStart(t *testing.T) {
 		if err := e.Stop(); err != nil {
 			t.Error(err)
 		}
-		until(t, "the enclave's descriptor is closed", func() bool {
+		drivertest.Until(t, "the enclave's descriptor is closed", func() bool {
 			return n.FreeCPUs() == 6 && slices.Contains(n.Enclaves()[i].Calls, "close")
 		})
 	}

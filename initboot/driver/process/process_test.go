@@ -21,6 +21,7 @@ import (
 
 	"cloister.dev/cloister/eif"
 	"cloister.dev/cloister/initboot/driver"
+	"cloister.dev/cloister/initboot/driver/drivertest"
 )
 
 // needRoot skips a test of real namespaces where they cannot be made.
@@ -126,16 +127,6 @@ func processes(t *testing.T, name string) (n int) {
 // uniqueName is a name for processes, of at most 15 bytes.
 func uniqueName() string { return fmt.Sprintf("%08x", rand.Uint32()) }
 
-// until waits for a condition.
-func until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
-		}
-	}
-}
-
 func TestEnclave(t *testing.T) {
 	needRoot(t)
 	init := buildInit(t)
@@ -199,7 +190,7 @@ func TestEnclave(t *testing.T) {
 		} else {
 			c.Close()
 		}
-		until(t, "PID 1 and its child run", func() bool { return processes(t, name) == 2 })
+		drivertest.Until(t, "PID 1 and its child run", func() bool { return processes(t, name) == 2 })
 		if err := within(t, e.Stop); err != nil {
 			t.Error(err)
 		}
@@ -315,7 +306,7 @@ func TestParentDies(t *testing.T) {
 	}
 	cmd.Process.Kill()
 	cmd.Wait()
-	until(t, "the enclave has gone with the process that held it", func() bool { return processes(t, name) == 0 })
+	drivertest.Until(t, "the enclave has gone with the process that held it", func() bool { return processes(t, name) == 0 })
 }
 
 // TestHoldEnclave is TestParentDies' other process.
